@@ -1,0 +1,229 @@
+"""Photo and mask pairs on disk, the original's dataset, splits that never leak, augmentation on the fly.
+
+A set is a folder in the Data1 layout: `{train,test}/{image,mask}/<name>.<ending>`, and where they are known
+`fov/` (the field of view), `mask_2nd/` (a second observer) and `photos.csv` (which files show the same photo).
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from retina_seg.images import list_pictures, read_label, read_photo
+from retina_seg.utils import UserError
+
+PARTS = ("train", "test")
+
+
+# --------------------------------------------------------------------------------------------------------- sets on disk
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo with its label.
+
+    Attributes:
+        name: the photo's file name without its ending.
+        image, mask: the two files.
+        photo: what stands for the photo itself: files that are variants of one photo have the same.
+        fov, mask_2nd: the field of view and the second observer's label, where the set has them.
+    """
+
+    name: str
+    image: Path
+    mask: Path
+    photo: str
+    fov: Path | None = None
+    mask_2nd: Path | None = None
+
+
+def find_set(data: str | Path) -> Path:
+    """The folder in the Data1 layout at `data`, or up to three folders below it, as archives unpack.
+
+    Raises:
+        UserError: no such folder, none in this layout, or several.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; Data1/README.md says how to get the photos")
+    level = [data]
+    for _ in range(4):
+        found = [folder for folder in level if any((folder / part / "image").is_dir() for part in PARTS)]
+        if len(found) > 1:
+            names = ", ".join(str(folder) for folder in found[:3])
+            raise UserError(f"{data}: holds several sets ({names}); name one of them")
+        if found:
+            return found[0]
+        level = [below for folder in level for below in sorted(folder.iterdir()) if below.is_dir()]
+    if (data / "training" / "images").is_dir() or (data / "Image_01L.jpg").is_file():
+        raise UserError(f"{data}: is a set as published; bring it into the layout first: retina-seg prepare --help")
+    raise UserError(f"{data}: has no train/image or test/image folder; Data1/README.md shows the layout")
+
+
+def is_empty(data: str | Path) -> bool:
+    """Whether `data` is no folder yet, or one without any picture in it or below it."""
+    data = Path(data)
+    if data.exists() and not data.is_dir():
+        raise UserError(f"{data}: is a file, not a folder of photos")
+    return not any(list_pictures(folder) for folder in [data, *data.rglob("*/")] if folder.is_dir())
+
+
+def list_pairs(data: str | Path, part: str) -> list[Pair]:
+    """The pairs of one part ("train" or "test") of the set at `data`, in natural order, matched by name.
+
+    Raises:
+        UserError: no such folder, no photos, a photo without a mask or a mask without a photo, two files of one name.
+    """
+    root = find_set(data)
+    folder = root / part
+    for needed in ("image", "mask"):
+        if not (folder / needed).is_dir():
+            raise UserError(f"{folder / needed}: no such folder; Data1/README.md shows the layout")
+    images, masks = _by_name(folder / "image"), _by_name(folder / "mask")
+    if not images:
+        raise UserError(f"{folder / 'image'}: holds no pictures; Data1/README.md says how to get them")
+    for here, there, kind in ((images, masks, "mask"), (masks, images, "image")):
+        lonely = [path for name, path in here.items() if name not in there]
+        if lonely:
+            more = f" (and {len(lonely) - 1} more)" if len(lonely) > 1 else ""
+            raise UserError(f"{lonely[0]}: has no partner {folder / kind / lonely[0].stem}.*{more}; add it or remove this")
+    extras = {kind: _by_name(folder / kind) if (folder / kind).is_dir() else {} for kind in ("fov", "mask_2nd")}
+    photos = _photos(root, part, list(images), folder / "image")
+    return [
+        Pair(name, path, masks[name], photos[name], extras["fov"].get(name), extras["mask_2nd"].get(name))
+        for name, path in images.items()
+    ]
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    files = list_pictures(folder)
+    twice = [name for name, count in Counter(path.stem for path in files).items() if count > 1]
+    if twice:
+        raise UserError(f"{folder}: two files are called {twice[0]}; remove or rename one")
+    return {path.stem: path for path in files}
+
+
+def _photos(root: Path, part: str, names: list[str], folder: Path) -> dict[str, str]:
+    """Which photo each file shows: by `photos.csv` where the set has one, else by the Kaggle set's own order."""
+    index = root / "photos.csv"
+    if index.is_file():
+        try:
+            with open(index, newline="", encoding="utf-8") as file:
+                rows = {(row["part"], row["name"]): row["photo"] for row in csv.DictReader(file)}
+        except (KeyError, UnicodeDecodeError, csv.Error):
+            raise UserError(f"{index}: is not a table with columns part, name, photo; mend or remove it") from None
+        return {name: rows.get((part, name), name) for name in names}
+    if part == "train" and _in_fours(names, folder):
+        return {name: str(int(name) // 4) for name in names}
+    return {name: name for name in names}
+
+
+def _in_fours(names: list[str], folder: Path) -> bool:
+    """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
+    if len(names) % 4 or [name for name in names if not name.isdecimal()]:
+        return False
+    if sorted(int(name) for name in names) != list(range(len(names))):
+        return False
+    pair = [list_pictures(folder)[position] for position in (0, 1)]
+    try:
+        first, second = (read_photo(path) for path in pair)
+    except UserError:
+        return True  # whoever reads it next says what is wrong with it; until then the cautious answer
+    return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
+
+
+# --------------------------------------------------------------------------------------------------------------- splits
+
+
+def split_by_photo(pairs: Sequence[Pair], validation: float | int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Share out `pairs` to (training, validation) so that all variants of one photo stay on one side.
+
+    Args:
+        validation: how many photos (int) or which share of them (float in (0, 1)) to hold out.
+        seed: of the draw; the same photos for the same seed.
+
+    Raises:
+        UserError: fewer than one photo would be left on either side.
+    """
+    photos = sorted({pair.photo for pair in pairs}, key=lambda name: (len(name), name))
+    count = validation if isinstance(validation, int) else max(1, round(len(photos) * validation))
+    if not 1 <= count < len(photos):
+        raise UserError(f"cannot hold out {count} of {len(photos)} photos for validation: both sides need one at least")
+    held_out = set(random.Random(seed).sample(photos, count))
+    training = [pair for pair in pairs if pair.photo not in held_out]
+    return training, [pair for pair in pairs if pair.photo in held_out]
+
+
+# -------------------------------------------------------------------------------------------------------- original's dataset
+
+
+def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """A photo (H, W, 3) uint8 RGB and its label (H, W) uint8, 0 to 255; a label of 0/1 is taken as 0/255.
+
+    Raises:
+        UserError: a file cannot be read, or the two differ in size.
+    """
+    photo, label = read_photo(image), read_mask(mask)
+    if photo.shape[:2] != label.shape:
+        sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (photo, label))
+        raise UserError(f"{image} and {mask}: differ in size ({sizes}); a label must have its photo's size")
+    return photo, label
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """A mask (H, W) uint8 in 0 … 255; one stored as 0/1 is stretched to 0/255."""
+    label = read_label(path)
+    return label * 255 if label.max() == 1 else label
+
+
+def to_tensor(photo: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32 BGR in [0, 1]: what the networks are fed (the original's channel order)."""
+    return torch.from_numpy(np.ascontiguousarray(photo[:, :, ::-1].transpose(2, 0, 1))).float() / 255
+
+
+class DriveDataset(Dataset):
+    """The original's dataset: item i is a photo (3, H, W) float32 BGR in [0, 1] and its mask (1, H, W) float32 in [0, 1].
+
+    The mask is not thresholded: the Kaggle set's labels were resized bilinearly, so vessel edges are fractions.
+
+    Args:
+        images_path, masks_path: two parallel lists of files.
+        size: (height, width) that photo and mask are squeezed to, bilinearly, as the original's preparation did; None
+            (the original) takes them as they are.
+
+    Raises:
+        UserError: the lists differ in length or are empty; on access, a file that cannot be read or a pair of two sizes.
+    """
+
+    def __init__(
+        self,
+        images_path: Sequence[str | Path],
+        masks_path: Sequence[str | Path],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        if len(images_path) != len(masks_path):
+            raise UserError(f"{len(images_path)} photos but {len(masks_path)} masks: every photo needs one mask")
+        if not len(images_path):
+            raise UserError("the list of photos is empty; check the folder it was read from")
+        self.images_path = list(images_path)
+        self.masks_path = list(masks_path)
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.images_path)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        photo, label = load_pair(self.images_path[index], self.masks_path[index])
+        if self.size and photo.shape[:2] != tuple(self.size):
+            photo, label = (cv2.resize(a, self.size[::-1]) for a in (photo, label))
+        return to_tensor(photo), torch.from_numpy(label).unsqueeze(0).float() / 255

@@ -1,0 +1,69 @@
+"""The field of view: the lit, round part of a fundus photo, found where a set gives no mask for it.
+
+A fundus camera lights a disc; the rest of the frame is black and holds nothing to score or to find. Its diameter in
+pixels is also the one measure of scale that every photo carries.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+DETECTION_SIDE = 640  # longest side the search works at: finer only costs time
+BLACK = 8  # grey levels: a photo that is nowhere brighter shows nothing
+
+
+def find_fov(photo: np.ndarray) -> np.ndarray:
+    """The field of view of `photo`.
+
+    The surround is as dark as the corners; what is clearly brighter, its largest part, and the convex hull of that (a
+    field of view is convex, dark patches at its rim belong to it) is the answer. Where the corners are lit, there is no
+    visible border, and the whole frame is the field of view.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB.
+
+    Returns:
+        (H, W) bool; all False for a black photo.
+    """
+    height, width = photo.shape[:2]
+    scale = min(1.0, DETECTION_SIDE / max(height, width))
+    small_size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(photo, small_size, interpolation=cv2.INTER_AREA) if scale < 1 else photo
+    light = cv2.medianBlur(np.ascontiguousarray(small.max(axis=2)), 5)  # red in most photos; grey ones work too
+    bright = float(np.percentile(light, 95))
+    if bright <= BLACK:
+        return np.zeros((height, width), bool)
+    surround = _surround_level(light)
+    if surround > 0.4 * bright:
+        return np.ones((height, width), bool)
+    lit = (light > surround + max(4.0, 0.1 * (bright - surround))).astype(np.uint8)
+    lit = cv2.morphologyEx(lit, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))  # letters and specks beside the disc
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(lit, connectivity=4)
+    if count < 2:
+        return np.ones((height, width), bool)
+    largest = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    hull = cv2.convexHull(cv2.findNonZero(largest.astype(np.uint8)))
+    found = cv2.fillConvexPoly(np.zeros(light.shape, np.uint8), hull, 1)
+    return cv2.resize(found, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def _surround_level(light: np.ndarray) -> float:
+    """The brightness of the darkest two corners (each a twentieth of the sides): a label or a lamp may light the others."""
+    rows, columns = (max(1, side // 20) for side in light.shape)
+    corners = [light[:rows, :columns], light[:rows, -columns:], light[-rows:, :columns], light[-rows:, -columns:]]
+    return float(sorted(np.median(corner) for corner in corners)[1])
+
+
+def fov_box(fov: np.ndarray) -> tuple[int, int, int, int]:
+    """The box (top, left, bottom, right), ends exclusive, around the True pixels of `fov` (H, W); the frame if none."""
+    rows, columns = np.flatnonzero(fov.any(axis=1)), np.flatnonzero(fov.any(axis=0))
+    if not rows.size:
+        return 0, 0, fov.shape[0], fov.shape[1]
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def fov_diameter(fov: np.ndarray) -> float:
+    """The diameter in pixels: the longer side of the box, since many cameras cut the disc flat on two sides."""
+    top, left, bottom, right = fov_box(fov)
+    return float(max(bottom - top, right - left))

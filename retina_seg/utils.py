@@ -1,0 +1,219 @@
+"""Seeding, folders, time, device and precision (the original's `utils` notebook), and writing files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: the message names the file or the option, and the remedy.
+
+    The command prints it as one line and exits with status 2; it is never a bug of the package.
+    """
+
+
+# ---------------------------------------------------------------------------------------------- the original's three
+
+
+def seeding(seed: int) -> None:
+    """Seed every random source a run draws from: `random`, NumPy, torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ["PYTHONHASHSEED"] = str(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def create_dir(path: str | Path) -> Path:
+    """Make the folder `path`, its parents too, unless it is there; returns it as a `Path`.
+
+    Raises:
+        UserError: the place is a file, or may not be written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path}: a file stands where a folder is to be made; move it or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder ({error.strerror}); choose one you may write to") from None
+    return path
+
+
+def epoch_time(start_time: float, end_time: float) -> tuple[int, int]:
+    """The time between two `time.time()` readings (seconds) as whole (minutes, seconds)."""
+    minutes, seconds = divmod(int(end_time - start_time), 60)
+    return minutes, seconds
+
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes the first GPU there is, else the processor.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: this machine has no such device; try --device cpu") from None
+    return device
+
+
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether bfloat16 is computed by matrix units here: elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    # torch has no public question for this before 2.11; the kernel's own list is the same on every version
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return "amx_bf16" in flags or "avx512_bf16" in flags
+    return False
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic called `name`: "float32", "bfloat16" (autocast), or "auto": bfloat16 where `device` has units for it.
+
+    Raises:
+        UserError: no such precision.
+    """
+    if name not in PRECISIONS:
+        raise UserError(f"--precision {name}: choose one of {', '.join(PRECISIONS)}")
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The autocast context of `precision` on `device`; a no-op for float32."""
+    # an enabled context with float32 would warn, so it is entered switched off
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16)
+
+
+# --------------------------------------------------------------------------------------------------- files, all or none
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; renamed to `path` when the block ends well, removed when it does not.
+
+    So nobody ever reads half a file under its final name. The temporary name keeps the ending, for writers that go by it.
+
+    Raises:
+        UserError: the folder may not be written to, or the disk is full.
+    """
+    path = Path(path)
+    # short and random: a name of the greatest allowed length still has a temporary twin
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.partial{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with every float that is not finite turned to None, NumPy scalars to Python's: what JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON; a score that cannot be had (NaN) becomes null."""
+    write_text(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in the JSON file `path`.
+
+    Raises:
+        UserError: there is no such file, or it does not hold a JSON object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: is not JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------ what ran where
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package is imported from, "+changes" behind it where files differ; None elsewhere."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # an installed package may lie inside somebody else's checkout: only our own counts
+        if Path(ask("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[1]:
+            return None
+        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What a figure depends on besides its recipe: versions, device, precision, threads, commit."""
+    packages = ("torch", "torchvision", "numpy", "opencv-python", "albumentations", "scikit-learn", "scikit-image")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "git_commit": git_commit(),
+    }
