@@ -1,8 +1,8 @@
 """Retinal vessel segmentation: the notebooks' light U-Net with two attention gates, and what was grown from it.
 
-    from retina_seg import Segmenter
-    segmenter = Segmenter.load("results/notebook/checkpoint.pth")
-    probability = segmenter(photo)          # (H, W, 3) uint8 RGB -> (H, W) float32 in [0, 1]
+from retina_seg import Segmenter
+segmenter = Segmenter.load("results/notebook/checkpoint.pth")
+probability = segmenter(photo)          # (H, W, 3) uint8 RGB -> (H, W) float32 in [0, 1]
 """
 
 from importlib import import_module

@@ -10,7 +10,7 @@ import csv
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from retina_seg.fov import find_fov, fov_box, fov_diameter
 from retina_seg.images import list_pictures, read_label, read_photo
 from retina_seg.utils import UserError
 
@@ -96,7 +97,9 @@ def list_pairs(data: str | Path, part: str) -> list[Pair]:
         lonely = [path for name, path in here.items() if name not in there]
         if lonely:
             more = f" (and {len(lonely) - 1} more)" if len(lonely) > 1 else ""
-            raise UserError(f"{lonely[0]}: has no partner {folder / kind / lonely[0].stem}.*{more}; add it or remove this")
+            raise UserError(
+                f"{lonely[0]}: has no partner {folder / kind / lonely[0].stem}.*{more}; add it or remove this"
+            )
     extras = {kind: _by_name(folder / kind) if (folder / kind).is_dir() else {} for kind in ("fov", "mask_2nd")}
     photos = _photos(root, part, list(images), folder / "image")
     return [
@@ -227,3 +230,214 @@ class DriveDataset(Dataset):
         if self.size and photo.shape[:2] != tuple(self.size):
             photo, label = (cv2.resize(a, self.size[::-1]) for a in (photo, label))
         return to_tensor(photo), torch.from_numpy(label).unsqueeze(0).float() / 255
+
+
+# ------------------------------------------------------------------------------------- photos for training from the camera
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far training photos are turned, bent and recoloured; every draw is fresh. Zero switches a step off.
+
+    Attributes:
+        rotate: largest turn to either side, degrees.
+        flip: whether to mirror half of the draws.
+        scale, stretch: spread (standard deviation of the logarithm) of the size and of the ratio of the two sides.
+        bend: elastic displacement, standard deviation in pixels.
+        gamma, contrast, light, cast: spread of the logarithm of gamma, of contrast, of brightness, and of each channel's
+            gain on its own.
+        grey: largest share of colour taken away.
+        shade: spread of the logarithm of a smooth uneven illumination.
+        blur, noise: largest Gaussian blur (pixels) and noise (share of full scale); both in half of the draws.
+        exact: share of draws that are only turned by quarters and mirrored: pixels no interpolation has touched.
+    """
+
+    rotate: float = 180.0
+    flip: bool = True
+    scale: float = 0.12
+    stretch: float = 0.06
+    bend: float = 2.0
+    gamma: float = 0.25
+    contrast: float = 0.2
+    light: float = 0.15
+    cast: float = 0.12
+    grey: float = 0.5
+    shade: float = 0.15
+    blur: float = 0.8
+    noise: float = 0.03
+    exact: float = 0.25
+
+
+def augment_geometry(
+    photo: np.ndarray, label: np.ndarray, fov: np.ndarray, crop: int, how: Augmentation, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A turned, scaled, bent window of photo and label together.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB; label: (H, W) uint8; fov: (H, W) bool, where the window's middle may lie.
+        crop: side of the window, pixels.
+
+    Returns:
+        (crop, crop, 3) uint8 and (crop, crop) uint8; black beyond the frame.
+    """
+    top, left, bottom, right = fov_box(fov)
+
+    def middle(low: int, high: int) -> float:
+        # windows stay inside the box where it is larger than they are, so that black surround is not learnt at length
+        slack = max(0.0, (high - low - crop) / 2 + crop / 8)
+        return (low + high) / 2 + rng.uniform(-slack, slack)
+
+    row, column = middle(top, bottom), middle(left, right)
+    exact = rng.random() < how.exact
+    angle = rng.integers(4) * np.pi / 2 if exact else np.deg2rad(rng.uniform(-how.rotate, how.rotate))
+    scale, stretch = (1.0, 1.0) if exact else np.exp(rng.normal(0, [how.scale, how.stretch]))
+    mirror = -1.0 if how.flip and rng.random() < 0.5 else 1.0
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = turn @ np.diag([mirror / (scale * stretch), stretch / scale])  # window to photo, (x, y)
+    centre = np.array([column, row])
+    if exact:  # whole pixels onto whole pixels
+        linear = np.round(linear)
+        centre = np.floor(centre) + (crop % 2 == 0) * 0.5
+    shift = centre - linear @ np.full(2, (crop - 1) / 2)
+    matrix = np.hstack([linear, shift[:, None]])
+    if how.bend and not exact:
+        ys, xs = np.mgrid[0:crop, 0:crop].astype(np.float32)
+        knots = max(3, crop // 64)
+        bent = [
+            cv2.resize(
+                rng.normal(0, how.bend, (knots, knots)).astype(np.float32), (crop, crop), interpolation=cv2.INTER_CUBIC
+            )
+            for _ in "xy"
+        ]
+        map_x, map_y = (m[0] * xs + m[1] * ys + m[2] + b for m, b in zip(matrix.astype(np.float32), bent, strict=True))
+        return (
+            cv2.remap(photo, map_x, map_y, cv2.INTER_CUBIC),
+            cv2.remap(label, map_x, map_y, cv2.INTER_LINEAR),
+        )
+    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if exact else cv2.INTER_CUBIC)
+    flags_label = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if exact else cv2.INTER_LINEAR)
+    window = (crop, crop)
+    return cv2.warpAffine(photo, matrix, window, flags=flags), cv2.warpAffine(label, matrix, window, flags=flags_label)
+
+
+def augment_colour(photo: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Another camera's light and colours on (H, W, 3) float32 in [0, 1]; black stays black. The same shape and range."""
+    side = photo.shape[:2][::-1]
+    grey = photo.mean(axis=2, keepdims=True)
+    photo = photo + rng.uniform(0, how.grey) * (grey - photo)
+    photo = photo ** np.float32(np.exp(rng.normal(0, how.gamma)))
+    lit = photo[grey[..., 0] > 0.04]
+    centre = lit.mean(axis=0) if len(lit) else np.zeros(3, np.float32)
+    gain = np.exp(rng.normal(0, how.light) + rng.normal(0, how.cast, 3)).astype(np.float32)
+    contrast = np.float32(np.exp(rng.normal(0, how.contrast)))
+    # contrast about the mean of what is lit; the surround would turn grey, so it keeps its place by the fade near black
+    fade = np.clip(grey / 0.1, 0, 1)
+    photo = (photo + fade * (contrast - 1) * (photo - centre)) * gain
+    if how.shade:
+        field = cv2.resize(rng.normal(0, how.shade, (4, 4)).astype(np.float32), side, interpolation=cv2.INTER_CUBIC)
+        photo = photo * np.exp(field)[..., None]
+    if how.blur and rng.random() < 0.5:
+        photo = cv2.GaussianBlur(photo, (0, 0), rng.uniform(0.2, max(0.21, how.blur)))
+    if how.noise and rng.random() < 0.5:
+        photo = photo + rng.standard_normal(photo.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
+    return np.clip(photo, 0, 1, dtype=np.float32)
+
+
+class TrainingPhotos(Dataset):
+    """Freshly augmented windows of photos held in memory, brought to one scale by their field of view.
+
+    Item i is a window of photo i modulo the number of photos: (3, crop, crop) float32 BGR in [0, 1] and its label
+    (1, crop, crop) float32 in [0, 1]. What is drawn depends on (seed, epoch, i) alone, so any number of loader workers
+    gives the same items.
+
+    Args:
+        pairs: the photos.
+        diameter: the field of view's diameter that photos are brought to, pixels; None: the median of these photos.
+        crop: side of the windows, pixels.
+        repeats: windows a photo and epoch.
+        how: the augmentation.
+        seed: of the draws.
+
+    Attributes:
+        diameter: as given or found. epoch: set it before each pass.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        diameter: float | None,
+        crop: int,
+        repeats: int = 1,
+        how: Augmentation | None = None,
+        seed: int = 42,
+    ) -> None:
+        loaded = [load_with_fov(pair) for pair in pairs]
+        self.diameter = diameter or float(np.median([fov_diameter(fov) for _, _, fov in loaded]))
+        self.photos = [to_scale(*item, self.diameter) for item in loaded]
+        self.crop, self.repeats, self.how, self.seed = crop, repeats, how or Augmentation(), seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.photos) * self.repeats
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        photo, label = augment_geometry(*self.photos[index % len(self.photos)], self.crop, self.how, rng)
+        photo = augment_colour(photo.astype(np.float32) / 255, self.how, rng)
+        channels = np.ascontiguousarray(photo[:, :, ::-1].transpose(2, 0, 1))
+        return torch.from_numpy(channels), torch.from_numpy(label).unsqueeze(0).float() / 255
+
+
+class WholePhotos(Dataset):
+    """Whole photos at the training scale, for validation: (3, H, W) float32 BGR in [0, 1], label (1, H, W) float32.
+
+    Cropped to the field of view and padded with black to multiples of `stride`.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], diameter: float, stride: int) -> None:
+        self.photos = [to_scale(*load_with_fov(pair), diameter) for pair in pairs]
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        photo, label, fov = self.photos[index]
+        top, left, bottom, right = fov_box(fov)
+        photo, label = photo[top:bottom, left:right], label[top:bottom, left:right]
+        pad = [(0, -side % self.stride) for side in label.shape]
+        photo, label = np.pad(photo, [*pad, (0, 0)]), np.pad(label, pad)
+        return to_tensor(photo), torch.from_numpy(label).unsqueeze(0).float() / 255
+
+
+def load_with_fov(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Photo (H, W, 3) uint8 RGB, label (H, W) uint8, field of view (H, W) bool: the set's own, else found in the photo."""
+    photo, label = load_pair(pair.image, pair.mask)
+    return photo, label, load_fov(pair, photo)
+
+
+def load_fov(pair: Pair, photo: np.ndarray) -> np.ndarray:
+    """The field of view (H, W) bool of a pair's photo: the set's own mask where it has one, else found in the photo."""
+    if pair.fov is None:
+        return find_fov(photo)
+    fov = read_label(pair.fov) > 127
+    if fov.shape != photo.shape[:2]:
+        raise UserError(f"{pair.fov}: differs in size from its photo {pair.image}")
+    return fov
+
+
+def to_scale(
+    photo: np.ndarray, label: np.ndarray, fov: np.ndarray, diameter: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Photo, label and field of view resized so that the field of view's diameter is `diameter` pixels.
+
+    Shapes and dtypes as in `load_with_fov`; within 3 % nothing is resized: interpolation would cost more than it mends.
+    """
+    scale = diameter / max(fov_diameter(fov), 1.0)
+    if abs(scale - 1) < 0.03:
+        return photo, label, fov
+    size = tuple(max(1, round(side * scale)) for side in label.shape[::-1])
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    small_fov = cv2.resize(fov.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+    label_how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(photo, size, interpolation=how), cv2.resize(label, size, interpolation=label_how), small_fov

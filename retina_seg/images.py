@@ -47,7 +47,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             with Image.open(source, formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise UserError(f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the photo down")
+                    raise UserError(
+                        f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the photo down"
+                    )
                 yield image
     except UserError:
         raise

@@ -31,7 +31,7 @@ CELL = 0.02  # the growth's map of where vessels already run: side of a cell
 MAP_HALF = 1.12  # that map covers [-MAP_HALF, MAP_HALF] both ways
 
 # What blood takes from red, green and blue where a vessel is opaque; haemoglobin absorbs green most.
-ARTERY_ABSORBS = np.array([0.16, 1.0, 0.85], np.float32)
+ARTERY_ABSORBS = np.array([0.22, 1.0, 0.85], np.float32)
 VEIN_ABSORBS = np.array([0.42, 1.0, 0.75], np.float32)
 
 
@@ -111,7 +111,9 @@ def write_set(
     """
     destination = Path(destination)
     if destination.exists() and not (destination.is_dir() and next(destination.iterdir(), None) is None):
-        raise FileExistsError(f"{destination} is already in use: empty it, or choose another folder for the synthetic set")
+        raise FileExistsError(
+            f"{destination} is already in use: empty it, or choose another folder for the synthetic set"
+        )
     if not (0 <= train <= TEST_SEEDS and 0 <= test <= TEST_SEEDS):
         raise ValueError(f"train and test must be between 0 and {TEST_SEEDS}, not {train} and {test}")
     jobs = [("train", i, seed * 2 * TEST_SEEDS + i) for i in range(train)]
@@ -251,7 +253,11 @@ def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Bud]:
         for course, thick in ((temporal, 0.0155), (nasal, 0.0095)):
             for artery in (True, False):
                 spread = rng.uniform(0.82, 1.18)
-                way = course * [1, up * spread] + rng.normal(0, 0.05, course.shape) + [0, up * (0.05 if artery else -0.03)]
+                way = (
+                    course * [1, up * spread]
+                    + rng.normal(0, 0.05, course.shape)
+                    + [0, up * (0.05 if artery else -0.03)]
+                )
                 radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
                 start = rng.normal([x0, y0], 0.022)
                 heading = math.atan2(-up, 0.3 * eye.temporal * (1 if course is temporal else -1)) + rng.normal(0, 0.15)
@@ -266,7 +272,7 @@ def _grow_vessels(rng: np.random.Generator, eye: _Eye) -> list[_Vessel]:
     crowd, heap = _Crowd(eye), []
     for bud in _trunks(rng, eye):
         heapq.heappush(heap, bud)
-    room = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.108, 0.135)
+    room = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.095, 0.122)
     vessels = []
     while heap and room > 0:
         vessel, twigs = _grow_one(rng, eye, crowd, heapq.heappop(heap))
@@ -292,20 +298,30 @@ def _grow_one(rng: np.random.Generator, eye: _Eye, crowd: _Crowd, bud: _Bud) -> 
             if math.dist((x, y), way[0]) < 0.13:
                 way = way[1:]
         else:
-            left, right = (crowd.at(artery, x + 0.08 * math.cos(a), y + 0.08 * math.sin(a)) for a in (heading - 0.6, heading + 0.6))
+            left, right = (
+                crowd.at(artery, x + 0.08 * math.cos(a), y + 0.08 * math.sin(a)) for a in (heading - 0.6, heading + 0.6)
+            )
             steer = 13 * (left - right)
         heading += (bend + steer) * STEP
         x, y = x + STEP * math.cos(heading), y + STEP * math.sin(heading)
-        radius -= (0.0015 if way else 0.0032) * STEP
-        blocked = step > 8 and not way and crowd.at(artery, x + 0.05 * math.cos(heading), y + 0.05 * math.sin(heading)) > 0.75
+        radius -= (0.0015 if way else 0.0027) * STEP
+        blocked = (
+            step > 8 and not way and crowd.at(artery, x + 0.05 * math.cos(heading), y + 0.05 * math.sin(heading)) > 0.75
+        )
         points.append((x, y, radius))
-        if math.hypot(x, y) > 1.03 or radius < THINNEST or (blocked and math.dist((x, y), eye.disc) > 1.6 * eye.disc_radius):
+        if (
+            math.hypot(x, y) > 1.03
+            or radius < THINNEST
+            or (blocked and math.dist((x, y), eye.disc) > 1.6 * eye.disc_radius)
+        ):
             break
         next_twig -= STEP
         if next_twig < 0 and math.dist((x, y), eye.disc) > 1.2 * eye.disc_radius:
-            next_twig = rng.exponential(0.07 if way else 0.055) + (0.05 if way else 0.035)
+            next_twig = rng.exponential(0.08 if way else 0.065) + (0.06 if way else 0.045)
             # An arcade keeps its calibre: it gives off twigs, and now and then a large branch; thinner vessels divide evenly.
-            thin = radius * (rng.choice([rng.uniform(0.2, 0.4), rng.uniform(0.5, 0.85)]) if way else rng.uniform(0.4, 0.9))
+            thin = radius * (
+                rng.choice([rng.uniform(0.2, 0.4), rng.uniform(0.5, 0.85)]) if way else rng.uniform(0.4, 0.9)
+            )
             if thin > THINNEST:
                 twig, heading, radius = _branch(rng, crowd, artery, (x, y, heading, radius), thin)
                 twigs.append(twig)
@@ -322,7 +338,10 @@ def _branch(
     rest = (radius**3 - thin**3) ** (1 / 3)
     away = math.acos(min(1, (radius**4 + thin**4 - rest**4) / (2 * radius**2 * thin**2)))
     aside = math.acos(min(1, (radius**4 + rest**4 - thin**4) / (2 * radius**2 * rest**2)))
-    sides = [crowd.at(artery, x + 0.12 * math.cos(heading + s * away), y + 0.12 * math.sin(heading + s * away)) for s in (-1, 1)]
+    sides = [
+        crowd.at(artery, x + 0.12 * math.cos(heading + s * away), y + 0.12 * math.sin(heading + s * away))
+        for s in (-1, 1)
+    ]
     side = -1 if sides[0] + rng.normal(0, 0.3) < sides[1] else 1
     twig = _Bud(artery, x, y, heading + side * (away * 0.85 + rng.normal(0, 0.12)), thin)
     return twig, heading - side * aside * 0.8, rest
@@ -359,7 +378,8 @@ def _render_vessels(vessels: list[_Vessel], eye: _Eye, shape: tuple[int, int]) -
     # Where veins and arteries cross, the reflex lies on whichever is drawn: keep it simple, it is one layer.
     size = shape[::-1]
     return tuple(
-        cv2.resize(layer, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255 for layer in (covered, arteries, veins, reflex)
+        cv2.resize(layer, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+        for layer in (covered, arteries, veins, reflex)
     )
 
 
@@ -389,19 +409,31 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
 
     # Large: the lamp's uneven light.  Middle: pigment.  Small: the choroid's vessels, as pale or dark stripes.
     lamp = rng.uniform(-0.35, 0.35, 2)
-    light = 1.08 - rng.uniform(0.15, 0.4) * ((x - lamp[0]) ** 2 + (y - lamp[1]) ** 2) + 0.07 * _noise(rng, eye, shape, 0.9)
-    pigment = 0.03 * _noise(rng, eye, shape, 0.3) + 0.02 * _noise(rng, eye, shape, 0.1) + 0.018 * _noise(rng, eye, shape, 0.035)
+    light = (
+        1.08 - rng.uniform(0.15, 0.4) * ((x - lamp[0]) ** 2 + (y - lamp[1]) ** 2) + 0.07 * _noise(rng, eye, shape, 0.9)
+    )
+    pigment = (
+        0.03 * _noise(rng, eye, shape, 0.3)
+        + 0.02 * _noise(rng, eye, shape, 0.1)
+        + 0.018 * _noise(rng, eye, shape, 0.035)
+    )
     tessellated = rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.06, 0.12)
     stripes = np.exp(-((_noise(rng, eye, shape, 0.16) / 0.4) ** 2)) - 0.4
-    stripes *= tessellated * np.clip(0.5 + 0.6 * _noise(rng, eye, shape, 0.25), 0, 2) * (1 - _bump(x, y, eye.fovea, 0.35))
+    stripes *= (
+        tessellated * np.clip(0.5 + 0.6 * _noise(rng, eye, shape, 0.25), 0, 2) * (1 - _bump(x, y, eye.fovea, 0.35))
+    )
 
-    macula = rng.uniform(0.12, 0.24) * _bump(x, y, eye.fovea, 0.2) + rng.uniform(0.08, 0.2) * _bump(x, y, eye.fovea, 0.06)
+    macula = rng.uniform(0.12, 0.24) * _bump(x, y, eye.fovea, 0.2) + rng.uniform(0.08, 0.2) * _bump(
+        x, y, eye.fovea, 0.06
+    )
     sheen = _nerve_fibres(rng, eye, x, y)
     shade = np.stack(
         [
             light * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen),
             light * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * _noise(rng, eye, shape, 0.7)),
-            light * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen) * (1 + 0.08 * _noise(rng, eye, shape, 0.7)),
+            light
+            * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen)
+            * (1 + 0.08 * _noise(rng, eye, shape, 0.7)),
         ],
         axis=-1,
     )
@@ -432,14 +464,14 @@ def _paint_disc(
     # A crescent of thin pigment often lies on the temporal side; elsewhere the ring is a little darker.
     ring = np.exp(-(((far - 1.12) / 0.1) ** 2)) * (rng.uniform(0.0, 0.25) * np.cos(angle) * eye.temporal - 0.05)
     colour *= (1 + ring)[..., None]
-    pale = np.array([rng.uniform(0.84, 0.95), rng.uniform(0.58, 0.7), rng.uniform(0.34, 0.46)], np.float32)
+    pale = np.array([rng.uniform(0.84, 0.95), rng.uniform(0.58, 0.7), rng.uniform(0.29, 0.4)], np.float32)
     cup_at = rng.uniform(0.0, 0.25) * eye.temporal
     cup_size = rng.uniform(0.35, 0.6)
     cup = _step_down(np.hypot(dx / eye.disc_radius - cup_at, dy / eye.disc_radius) / cup_size, 0.16)
     inside = (_step_down(far, rng.uniform(0.035, 0.07)) * rng.uniform(0.82, 0.95))[..., None]
     # The nasal rim is thicker and so redder.
     rim = 1 - 0.1 * (1 - cup) * (1 - 0.6 * np.cos(angle) * eye.temporal)
-    disc = pale * (light * rim)[..., None] + cup[..., None] * np.array([0.05, 0.13, 0.16], np.float32)
+    disc = pale * (light * rim)[..., None] + cup[..., None] * np.array([0.04, 0.13, 0.12], np.float32)
     colour *= 1 - inside
     colour += inside * disc
 

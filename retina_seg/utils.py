@@ -49,7 +49,9 @@ def create_dir(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise UserError(f"{path}: a file stands where a folder is to be made; move it or choose another folder") from None
+        raise UserError(
+            f"{path}: a file stands where a folder is to be made; move it or choose another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot make this folder ({error.strerror}); choose one you may write to") from None
     return path

@@ -1,0 +1,131 @@
+"""The drawing room: strips, error overlays, curves, sheets, tables of lines. Arrays in, pictures out; nothing is scored.
+
+Colours of an error overlay: right (true positive) green, missed (false negative) blue, invented (false positive) red.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from retina_seg.utils import whole_file
+
+RIGHT, MISSED, INVENTED = (0, 170, 80), (40, 110, 255), (235, 50, 50)
+
+
+def mask_parse(mask: np.ndarray) -> np.ndarray:
+    """The original's: (H, W) -> (H, W, 3), the grey value in every channel."""
+    return np.repeat(mask[:, :, None], 3, axis=2)
+
+
+def strip(photo: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The original's strip: photo | 10 px of grey 128 | mask | 10 px of grey 128 | prediction.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB. mask, prediction: (H, W) uint8, 0 to 255.
+
+    Returns:
+        (H, 3 W + 20, 3) uint8 RGB.
+    """
+    line = np.full((photo.shape[0], 10, 3), 128, np.uint8)
+    return np.concatenate([photo, line, mask_parse(mask), line, mask_parse(prediction)], axis=1)
+
+
+def error_overlay(
+    photo: np.ndarray, mask: np.ndarray, prediction: np.ndarray, fov: np.ndarray | None = None
+) -> np.ndarray:
+    """Right, missed and invented vessels in colours over the photo, greyed.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB. mask, prediction, fov: (H, W) bool; outside `fov` nothing is coloured.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    inside = np.ones(mask.shape, bool) if fov is None else fov
+    picture = mask_parse(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY) // 2)
+    for chosen, colour in (
+        (mask & prediction, RIGHT),
+        (mask & ~prediction, MISSED),
+        (~mask & prediction, INVENTED),
+    ):
+        picture[chosen & inside] = colour
+    return picture
+
+
+def vessel_overlay(photo: np.ndarray, vessels: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """The photo (H, W, 3) uint8 RGB with `vessels` (H, W) bool tinted green; the same shape."""
+    picture = photo.copy()
+    tint = np.array((0, 255, 120), np.float32)
+    picture[vessels] = (photo[vessels] * (1 - opacity) + tint * opacity).astype(np.uint8)
+    return picture
+
+
+def contact_sheet(
+    pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, width: int = 320
+) -> np.ndarray:
+    """Pictures (H, W, 3) uint8 in a grid, each scaled to `width` pixels with its caption above: (H', W', 3) uint8."""
+    import torch
+    from torchvision.utils import make_grid
+
+    tiles = []
+    height = max(round(p.shape[0] * width / p.shape[1]) for p in pictures)
+    for picture, caption in zip(pictures, captions, strict=True):
+        small = cv2.resize(
+            picture, (width, round(picture.shape[0] * width / picture.shape[1])), interpolation=cv2.INTER_AREA
+        )
+        tile = np.full((height + 24, width, 3), 255, np.uint8)
+        tile[24 : 24 + small.shape[0]] = small
+        cv2.putText(tile, caption, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
+        tiles.append(torch.from_numpy(tile).permute(2, 0, 1))
+    grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
+    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def save_figure(path: str | Path, figure: Any) -> None:
+    """Write a matplotlib figure to `path` (PNG), whole or not at all."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+
+
+def new_figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Any, np.ndarray]:
+    """A figure with `columns` axes in a row, without matplotlib's global state: (figure, array of axes)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, columns))
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
+    """Losses, and F1 where it was measured, by epoch, the kept epoch marked: a matplotlib figure."""
+    epochs = [row["epoch"] for row in history]
+    validated = any(math.isfinite(row["validation_loss"]) for row in history)
+    figure, axes = new_figure(2 if validated else 1)
+    marker = "o" if len(epochs) < 30 else None
+    axes[0].plot(epochs, [row["train_loss"] for row in history], marker=marker, ms=3, label="training")
+    if validated:
+        axes[0].plot(epochs, [row["validation_loss"] for row in history], marker=marker, ms=3, label="validation")
+        axes[1].plot(epochs, [row["validation_f1"] for row in history], marker=marker, ms=3, color="C1")
+        axes[1].set(xlabel="epoch", ylabel="F1 on the validation photos", ylim=(0, 1))
+    axes[0].set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    for axis in axes if best else ():
+        axis.axvline(best, color="0.5", lw=1, ls="--", label="kept")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
+    """Write `curves` to `path`."""
+    save_figure(path, curves(history, best))
