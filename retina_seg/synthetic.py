@@ -1,8 +1,8 @@
 """Procedural fundus photos with the exact vessel mask: the set to use when no real one is at hand, and the tests' material.
 
-A photo is drawn in three stages. `_Eye` lays out the anatomy (disc, fovea, field of view), `_grow_vessels` lets arteries and
-veins grow from the disc as trees whose calibres keep Murray's law, and the rest paints: retina, vessels, lesions, camera.
-Geometry is in units of the field's radius, origin at its centre, x right, y down; so a seed is the same eye at every size.
+`_Eye` lays out the anatomy (disc, fovea, field of view), `_grow_vessels` lets arteries and veins grow from the disc as
+trees whose calibres keep Murray's law, and the rest paints: retina, vessels, lesions, camera. Geometry is in units of the
+field's radius, origin at its centre, x right, y down; so a seed is the same eye at every size of one shape.
 
 Nothing here is medical data, and scores on these photos say nothing about real ones.
 """
@@ -14,7 +14,7 @@ import heapq
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 
@@ -27,12 +27,14 @@ TEST_SEEDS = 500_000  # within the million seeds of one set, the test photos' se
 
 STEP = 0.012  # length of one step of a growing vessel
 THINNEST = 0.0026  # radius at which a vessel ends: 1.3 px wide in a 512 px photo
-CELL = 0.02  # the growth's map of where vessels already run: side of a cell
-MAP_HALF = 1.12  # that map covers [-MAP_HALF, MAP_HALF] both ways
+THINNEST_LINE = 1.25  # px; no thinner line stays in one piece
+CELL, MAP_HALF = 0.02, 1.12  # the growth's map of vessels: side of a cell; it covers [-MAP_HALF, MAP_HALF] both ways
 
 # What blood takes from red, green and blue where a vessel is opaque; haemoglobin absorbs green most.
-ARTERY_ABSORBS = np.array([0.22, 1.0, 0.85], np.float32)
-VEIN_ABSORBS = np.array([0.42, 1.0, 0.75], np.float32)
+ARTERY_ABSORBS = np.array([0.3, 1.0, 0.85], np.float32)
+VEIN_ABSORBS = np.array([0.48, 1.0, 0.75], np.float32)
+
+Tree = list[tuple[bool, float, np.ndarray]]  # vessels: is it an artery, contrast, (n, 3) points x, y, radius
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,7 @@ def draw_photo(seed: int, height: int = 512, width: int = 512) -> SyntheticPhoto
 
     Args:
         seed: any integer from 0 up; each is another eye, camera and exposure.
-        height: rows of the photo, at least 64.
-        width: columns of the photo, at least 64.
+        height, width: size of the photo in pixels, each at least 64.
 
     Raises:
         ValueError: a size that is no integer or under 64 px, or a seed that is no integer or negative.
@@ -68,17 +69,17 @@ def draw_photo(seed: int, height: int = 512, width: int = 512) -> SyntheticPhoto
     # One stream a stage: a change to the colours leaves every mask as it was.
     plan, growth, paint, camera = (np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(4))
     eye = _Eye.of(plan, shape)
-    x, y = _grid(eye, shape)
-    fov = _field_of_view(eye, x, y)
-    vessels = _grow_vessels(growth, eye)
-    coverage, arteries, veins, reflex = _render_vessels(vessels, eye, shape)
+    # Column and row coordinates in field radii: (1, W) and (H, 1) float32, they broadcast to the photo.
+    x = ((np.arange(shape[1], dtype=np.float32) - eye.centre[0]) / eye.radius)[None, :]
+    y = ((np.arange(shape[0], dtype=np.float32) - eye.centre[1]) / eye.radius)[:, None]
+    fov = eye.field_of_view(x, y)
+    coverage, arteries, veins, reflex = _render_vessels(_grow_vessels(growth, eye), eye, shape)
     colour = _paint_retina(paint, eye, x, y)
-    colour *= 1 - arteries[..., None] * ARTERY_ABSORBS
-    colour *= 1 - veins[..., None] * VEIN_ABSORBS
+    colour *= (1 - arteries[..., None] * ARTERY_ABSORBS) * (1 - veins[..., None] * VEIN_ABSORBS)
     colour *= 1 + reflex[..., None]
     _paint_lesions(paint, eye, colour)
     mask = (coverage >= 0.5) & fov
-    return SyntheticPhoto(_expose(camera, eye, colour, fov), _black_white(mask), _black_white(fov))
+    return SyntheticPhoto(_expose(camera, eye, colour, fov), mask.astype(np.uint8) * 255, fov.astype(np.uint8) * 255)
 
 
 def write_set(
@@ -95,29 +96,23 @@ def write_set(
     `photos.csv` is written last: a folder without it was interrupted.
 
     Args:
-        destination: a folder that is empty or not there yet.
-        train: number of training photos.
-        test: number of test photos.
+        destination: a folder that is empty or not there yet; returned as a `Path`.
+        train, test: how many photos each part is to have.
         size: (height, width) of the photos.
         seed: which set to draw, from 0 up.
         progress: show a progress bar.
 
-    Returns:
-        `destination` as a `Path`.
-
     Raises:
         FileExistsError: `destination` is a file, or a folder with something in it.
-        ValueError: a count or size that cannot be drawn.
+        ValueError: a count, size or seed that cannot be drawn.
     """
     destination = Path(destination)
     if destination.exists() and not (destination.is_dir() and next(destination.iterdir(), None) is None):
-        raise FileExistsError(
-            f"{destination} is already in use: empty it, or choose another folder for the synthetic set"
-        )
+        raise FileExistsError(f"{destination} is already in use: empty it, or choose another folder")
     if not (0 <= train <= TEST_SEEDS and 0 <= test <= TEST_SEEDS):
         raise ValueError(f"train and test must be between 0 and {TEST_SEEDS}, not {train} and {test}")
-    jobs = [("train", i, seed * 2 * TEST_SEEDS + i) for i in range(train)]
-    jobs += [("test", i, seed * 2 * TEST_SEEDS + TEST_SEEDS + i) for i in range(test)]
+    first = seed * 2 * TEST_SEEDS
+    jobs = [("train", i, first + i) for i in range(train)] + [("test", i, first + TEST_SEEDS + i) for i in range(test)]
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["part", "name", "photo", "variant", "source"])
@@ -161,17 +156,16 @@ class _Eye:
 
     @classmethod
     def of(cls, rng: np.random.Generator, shape: tuple[int, int]) -> _Eye:
-        height, width = shape
         cut = rng.uniform(0.78, 0.92) if rng.random() < 0.3 else 1.0
-        angle = math.radians(rng.uniform(-55, -25))
+        angle = math.radians(rng.uniform(-50, -25))
         notch = (math.cos(angle), math.sin(angle), rng.uniform(0.035, 0.05)) if rng.random() < 0.5 else None
         temporal = int(rng.choice([-1, 1]))
         disc_radius = rng.uniform(0.135, 0.165)
         disc = (-temporal * rng.uniform(0.42, 0.78), rng.uniform(-0.1, 0.06))
         distance = 5 * disc_radius * rng.uniform(0.95, 1.1)  # 2.5 disc diameters
         fovea = (disc[0] + temporal * distance, disc[1] + rng.uniform(0.03, 0.12))
-        radius = min(0.48 * width, 0.48 * height / cut)
-        centre = ((width - 1) / 2, (height - 1) / 2)
+        radius = min(0.48 * shape[1], 0.48 * shape[0] / cut)
+        centre = ((shape[1] - 1) / 2, (shape[0] - 1) / 2)
         return cls(radius, centre, cut, notch, temporal, rng.uniform(-0.12, 0.12), disc, disc_radius, fovea)
 
     def place(self, outward: float, up: float) -> tuple[float, float]:
@@ -181,40 +175,29 @@ class _Eye:
         dx, dy = self.temporal * outward * unit, -up * unit
         return self.disc[0] + cos * dx - sin * dy, self.disc[1] + sin * dx + cos * dy
 
-
-def _grid(eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """x as (1, W) and y as (H, 1), float32 in field radii: they broadcast to the photo."""
-    y = (np.arange(shape[0], dtype=np.float32) - eye.centre[1]) / eye.radius
-    x = (np.arange(shape[1], dtype=np.float32) - eye.centre[0]) / eye.radius
-    return x[None, :].astype(np.float32), y[:, None].astype(np.float32)
-
-
-def _field_of_view(eye: _Eye, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    inside = (x**2 + y**2 <= 1) & (np.abs(y) <= eye.cut)
-    if eye.notch and abs(eye.notch[1]) < eye.cut - eye.notch[2]:
-        inside |= (x - eye.notch[0]) ** 2 + (y - eye.notch[1]) ** 2 <= eye.notch[2] ** 2
-    return inside
+    def field_of_view(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        inside = (x**2 + y**2 <= 1) & (np.abs(y) <= self.cut)
+        if self.notch and abs(self.notch[1]) < self.cut - self.notch[2]:
+            inside |= (x - self.notch[0]) ** 2 + (y - self.notch[1]) ** 2 <= self.notch[2] ** 2
+        return inside
 
 
 # ------------------------------------------------------------------------------------------------------------ vessels
 
 
 @dataclass
-class _Vessel:
-    """A vessel between two ends: `points` is a list of (x, y, radius) in field radii."""
+class _Bud:
+    """A vessel about to grow at (x, y) towards `heading` (radians); `way` lists the points it is to pass."""
 
     artery: bool
-    contrast: float
-    points: list[tuple[float, float, float]]
-
-
-class _Bud:
-    """A vessel about to grow; the heap takes the thickest first, so that trunks claim the room before twigs."""
-
-    def __init__(self, artery: bool, x: float, y: float, heading: float, radius: float, way: list | None = None):
-        self.artery, self.x, self.y, self.heading, self.radius, self.way = artery, x, y, heading, radius, way or []
+    x: float
+    y: float
+    heading: float
+    radius: float
+    way: list[tuple[float, float]] = field(default_factory=list)
 
     def __lt__(self, other: _Bud) -> bool:
+        # The heap takes the thickest first: trunks claim their room before twigs do.
         return self.radius > other.radius
 
 
@@ -222,8 +205,7 @@ class _Crowd:
     """Map of where vessels of each kind already run, 0 (free) to 1; what grows turns away from its own kind."""
 
     def __init__(self, eye: _Eye):
-        cells = int(2 * MAP_HALF / CELL) + 1
-        axis = np.arange(cells) * CELL - MAP_HALF
+        axis = np.arange(int(2 * MAP_HALF / CELL) + 1) * CELL - MAP_HALF
         from_fovea = (axis[None, :] - eye.fovea[0]) ** 2 + (axis[:, None] - eye.fovea[1]) ** 2
         # The fovea has no vessels: to a growing vessel it is a crowded place.
         self.maps = [0.9 * np.exp(-from_fovea / (2 * 0.09**2)) for _ in range(2)]
@@ -236,10 +218,11 @@ class _Crowd:
         if window.shape == self.stamp.shape:
             np.maximum(window, self.stamp, out=window)
 
-    def at(self, artery: bool, x: float, y: float) -> float:
-        i, j = round((y + MAP_HALF) / CELL), round((x + MAP_HALF) / CELL)
+    def ahead(self, artery: bool, x: float, y: float, heading: float, far: float) -> float:
+        """How crowded it is for a vessel of this kind `far` ahead of (x, y)."""
+        x, y = x + far * math.cos(heading), y + far * math.sin(heading)
         last = len(self.maps[0]) - 1
-        i, j = min(max(i, 0), last), min(max(j, 0), last)
+        i, j = (min(max(round((v + MAP_HALF) / CELL), 0), last) for v in (y, x))
         # Arteries and veins do cross, so the other kind counts less.
         return float(self.maps[artery][i, j] + 0.4 * self.maps[not artery][i, j])
 
@@ -250,272 +233,199 @@ def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Bud]:
     nasal = np.array([(-0.16, 0.3), (-0.42, 0.65), (-0.65, 1.05), (-0.8, 1.5)])
     x0, y0 = eye.place(-0.03, 0)
     for up in (1, -1):
-        for course, thick in ((temporal, 0.0155), (nasal, 0.0095)):
+        for course, thick, outward in ((temporal, 0.0145, 1), (nasal, 0.0095, -1)):
             for artery in (True, False):
-                spread = rng.uniform(0.82, 1.18)
-                way = (
-                    course * [1, up * spread]
-                    + rng.normal(0, 0.05, course.shape)
-                    + [0, up * (0.05 if artery else -0.03)]
-                )
+                spread = [1, up * rng.uniform(0.82, 1.18)]
+                way = course * spread + rng.normal([0, 0.05 * up if artery else -0.03 * up], 0.05, course.shape)
                 radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
-                start = rng.normal([x0, y0], 0.022)
-                heading = math.atan2(-up, 0.3 * eye.temporal * (1 if course is temporal else -1)) + rng.normal(0, 0.15)
-                yield _Bud(artery, *start, heading, radius, [eye.place(*point) for point in way])
+                start = rng.normal([x0, y0], 0.022).tolist()
+                heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
+                yield _Bud(artery, *start, heading, radius, [eye.place(*point) for point in way.tolist()])
     for outward in (1, 1, 1, -1, -1):
-        base = 0 if outward * eye.temporal > 0 else math.pi
-        yield _Bud(bool(rng.random() < 0.5), x0, y0, base + rng.uniform(-1, 1), rng.uniform(0.0045, 0.007))
+        heading = (0 if outward == eye.temporal else math.pi) + rng.uniform(-1, 1)
+        yield _Bud(bool(rng.random() < 0.5), x0, y0, heading, rng.uniform(0.0045, 0.007))
 
 
-def _grow_vessels(rng: np.random.Generator, eye: _Eye) -> list[_Vessel]:
+def _grow_vessels(rng: np.random.Generator, eye: _Eye) -> Tree:
     """Grow both trees until vessels cover the share of the field that is drawn for this eye."""
-    crowd, heap = _Crowd(eye), []
-    for bud in _trunks(rng, eye):
-        heapq.heappush(heap, bud)
-    room = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.095, 0.122)
-    vessels = []
+    crowd, heap, tree = _Crowd(eye), list(_trunks(rng, eye)), []
+    heapq.heapify(heap)
+    room = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.098, 0.124)
     while heap and room > 0:
-        vessel, twigs = _grow_one(rng, eye, crowd, heapq.heappop(heap))
+        bud = heapq.heappop(heap)
+        points, twigs = _grow_one(rng, eye, crowd, bud)
         for twig in twigs:
             heapq.heappush(heap, twig)
-        vessels.append(vessel)
-        room -= sum(2 * r * STEP for x, y, r in vessel.points if abs(y) < eye.cut)
-    return vessels
+        tree.append((bud.artery, rng.uniform(0.75, 1.15), points))
+        room -= 2 * STEP * float(points[np.abs(points[:, 1]) < eye.cut, 2].sum())
+    return tree
 
 
-def _grow_one(rng: np.random.Generator, eye: _Eye, crowd: _Crowd, bud: _Bud) -> tuple[_Vessel, list[_Bud]]:
-    """Let one bud grow to its end; returns the vessel and the buds of its side branches."""
+def _grow_one(rng: np.random.Generator, eye: _Eye, crowd: _Crowd, bud: _Bud) -> tuple[np.ndarray, list[_Bud]]:
+    """Let one bud grow to its end; returns its points, (n, 3) x, y, radius, and the buds of its side branches."""
     artery, x, y, heading, radius, way = bud.artery, bud.x, bud.y, bud.heading, bud.radius, bud.way
     points, twigs = [(x, y, radius)], []
-    bend, next_twig = 0.0, rng.uniform(0.06, 0.16)
-    wander = rng.uniform(9.0, 18.0) if way else rng.uniform(9.0, 20.0)
+    course, bend, next_twig = heading, 0.0, rng.uniform(0.06, 0.16)
+    wander = rng.uniform(9.0, 20.0)
     for step in range(1, 400):
         # Curvature is a mean-reverting walk: the vessel winds, and smoothly.
         bend += -bend * 14 * STEP + wander * math.sqrt(STEP) * rng.standard_normal()
         if way:
-            aim = math.atan2(way[0][1] - y, way[0][0] - x) - heading
-            steer = 7 * math.remainder(aim, 2 * math.pi)
-            if math.dist((x, y), way[0]) < 0.13:
-                way = way[1:]
+            steer = 7 * math.remainder(math.atan2(way[0][1] - y, way[0][0] - x) - heading, 2 * math.pi)
+            way = way[1:] if math.dist((x, y), way[0]) < 0.13 else way
         else:
-            left, right = (
-                crowd.at(artery, x + 0.08 * math.cos(a), y + 0.08 * math.sin(a)) for a in (heading - 0.6, heading + 0.6)
-            )
-            steer = 13 * (left - right)
+            left, right = (crowd.ahead(artery, x, y, heading + turn, 0.08) for turn in (-0.6, 0.6))
+            steer = 13 * (left - right) + 3 * math.sin(course - heading)  # the latter: no vessel runs in circles
         heading += (bend + steer) * STEP
         x, y = x + STEP * math.cos(heading), y + STEP * math.sin(heading)
-        radius -= (0.0015 if way else 0.0027) * STEP
-        blocked = (
-            step > 8 and not way and crowd.at(artery, x + 0.05 * math.cos(heading), y + 0.05 * math.sin(heading)) > 0.75
-        )
+        radius -= (0.0015 if way else 0.0035) * STEP
         points.append((x, y, radius))
-        if (
-            math.hypot(x, y) > 1.03
-            or radius < THINNEST
-            or (blocked and math.dist((x, y), eye.disc) > 1.6 * eye.disc_radius)
-        ):
+        from_disc = math.dist((x, y), eye.disc) / eye.disc_radius
+        may_stop = step > 8 and not way and from_disc > 1.6
+        blocked = may_stop and crowd.ahead(artery, x, y, heading, 0.05) > 0.75
+        if blocked or radius < THINNEST or math.hypot(x, y) > 1.03:
             break
         next_twig -= STEP
-        if next_twig < 0 and math.dist((x, y), eye.disc) > 1.2 * eye.disc_radius:
-            next_twig = rng.exponential(0.08 if way else 0.065) + (0.06 if way else 0.045)
-            # An arcade keeps its calibre: it gives off twigs, and now and then a large branch; thinner vessels divide evenly.
-            thin = radius * (
-                rng.choice([rng.uniform(0.2, 0.4), rng.uniform(0.5, 0.85)]) if way else rng.uniform(0.4, 0.9)
-            )
+        if next_twig < 0 and from_disc > 1.7:
+            next_twig = rng.exponential(0.07 if way else 0.055) + (0.05 if way else 0.035)
+            # An arcade keeps its calibre: twigs, and now and then a large branch. Thinner vessels divide more evenly.
+            few, many = ((0.2, 0.4) if rng.random() < 0.5 else (0.45, 0.7)) if way else (0.4, 0.8)
+            thin = radius * rng.uniform(few, many)
             if thin > THINNEST:
-                twig, heading, radius = _branch(rng, crowd, artery, (x, y, heading, radius), thin)
+                twig, heading, radius = _branch(rng, crowd, _Bud(artery, x, y, heading, radius), thin)
                 twigs.append(twig)
     for px, py, _ in points:
         crowd.mark(artery, px, py)
-    return _Vessel(artery, rng.uniform(0.85, 1.15), points), twigs
+    return np.array(points), twigs
 
 
-def _branch(
-    rng: np.random.Generator, crowd: _Crowd, artery: bool, at: tuple[float, float, float, float], thin: float
-) -> tuple[_Bud, float, float]:
-    """Split off a twig of radius `thin`: r0^3 = r1^3 + r2^3, angles of least work; returns twig, new heading, new radius."""
-    x, y, heading, radius = at
-    rest = (radius**3 - thin**3) ** (1 / 3)
-    away = math.acos(min(1, (radius**4 + thin**4 - rest**4) / (2 * radius**2 * thin**2)))
-    aside = math.acos(min(1, (radius**4 + rest**4 - thin**4) / (2 * radius**2 * rest**2)))
-    sides = [
-        crowd.at(artery, x + 0.12 * math.cos(heading + s * away), y + 0.12 * math.sin(heading + s * away))
-        for s in (-1, 1)
-    ]
-    side = -1 if sides[0] + rng.normal(0, 0.3) < sides[1] else 1
-    twig = _Bud(artery, x, y, heading + side * (away * 0.85 + rng.normal(0, 0.12)), thin)
-    return twig, heading - side * aside * 0.8, rest
+def _branch(rng: np.random.Generator, crowd: _Crowd, tip: _Bud, thin: float) -> tuple[_Bud, float, float]:
+    """Split a twig of radius `thin` off `tip`, to the freer side: r0^3 = r1^3 + r2^3, at Murray's angles of least work.
+
+    Returns the twig, and the heading and radius with which the vessel itself goes on.
+    """
+    r0, r2 = tip.radius, thin
+    r1 = (r0**3 - r2**3) ** (1 / 3)
+    away = math.acos(min(1, (r0**4 + r2**4 - r1**4) / (2 * r0**2 * r2**2)))
+    aside = math.acos(min(1, (r0**4 + r1**4 - r2**4) / (2 * r0**2 * r1**2)))
+    left, right = (crowd.ahead(tip.artery, tip.x, tip.y, tip.heading + turn, 0.12) for turn in (-away, away))
+    side = -1 if left + rng.normal(0, 0.3) < right else 1
+    twig = _Bud(tip.artery, tip.x, tip.y, tip.heading + side * (0.85 * away + rng.normal(0, 0.12)), r2)
+    return twig, tip.heading - side * 0.8 * aside, r1
 
 
-def _render_vessels(vessels: list[_Vessel], eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """Draw the vessels on a finer canvas and average it down.
 
-    Returns:
-        coverage (share of the pixel under a vessel), opacity of arteries, opacity of veins, brightness of the arteries'
-        central reflex; each (H, W) float32 in [0, 1].
+    Returns coverage (share of the pixel under a vessel), opacity of arteries, opacity of veins, brightness of the
+    arteries' central reflex; each (H, W) float32 in [0, 1].
     """
     fine = 4 if max(shape) <= 1024 else 2
     covered, arteries, veins, reflex = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(4))
-    # A pixel's centre is at (fine - 1) / 2 of its fine pixels; coordinates carry 4 bits of fraction.
-    offset = (fine - 1) / 2
     segments = []
-    for vessel in vessels:
-        points = np.array(vessel.points)
-        where = np.rint(((points[:, :2] * eye.radius + eye.centre) * fine + offset) * 16).astype(int).tolist()
-        for start, end, radius in zip(where, where[1:], points[1:, 2].tolist(), strict=False):
-            segments.append((radius, vessel.artery, vessel.contrast, start, end))
-    segments.sort(key=lambda s: s[0])  # thick ones last, on top
-    for radius, artery, contrast, start, end in segments:
-        calibre = 2 * radius * eye.radius
-        if calibre < 0.7:  # px; the camera does not resolve it
-            continue
-        thickness = max(round(1.25 * fine), round(calibre * fine))  # 1.25 px: no thinner line stays in one piece
-        strength = contrast * (0.12 + 0.26 * min(1.0, radius / 0.013) ** 0.8) * (0.85 if artery else 1.0)
+    for artery, contrast, points in tree:
+        # The pixel's centre is at (fine - 1) / 2 of its fine pixels; OpenCV takes 4 bits of fraction.
+        ends = ((points[:, :2] * eye.radius + eye.centre) * fine + (fine - 1) / 2) * 16
+        ends = np.rint(ends).astype(int).tolist()
+        calibres = (2 * eye.radius * points[1:, 2]).tolist()
+        segments += [(c, artery, contrast, *line) for c, *line in zip(calibres, ends, ends[1:], strict=False)]
+    segments.sort(key=lambda s: s[0])  # thick ones are drawn last, on top
+    # In a small photo the lines are wider than the vessels; the thinnest are left out until the covered share is right.
+    calibres = np.array([s[0] for s in segments])
+    left_out = np.cumsum(np.maximum(calibres, THINNEST_LINE)[::-1])[::-1] > calibres.sum()
+    for calibre, artery, contrast, start, end in segments[int(left_out.sum()) :]:
+        thickness = round(max(calibre, THINNEST_LINE) * fine)
+        strength = contrast * (0.085 + 0.27 * min(1.0, calibre / (0.026 * eye.radius)) ** 0.8)
         cv2.line(covered, start, end, 255, thickness, cv2.LINE_8, 4)
-        cv2.line(arteries if artery else veins, start, end, int(255 * min(strength, 0.6)), thickness, cv2.LINE_8, 4)
+        cv2.line(arteries if artery else veins, start, end, round(255 * strength), thickness, cv2.LINE_8, 4)
         if artery and calibre > 3:
             cv2.line(reflex, start, end, 45, max(1, round(0.3 * calibre * fine)), cv2.LINE_8, 4)
-    # Where veins and arteries cross, the reflex lies on whichever is drawn: keep it simple, it is one layer.
-    size = shape[::-1]
-    return tuple(
-        cv2.resize(layer, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-        for layer in (covered, arteries, veins, reflex)
-    )
+    layers = (cv2.resize(c, shape[::-1], interpolation=cv2.INTER_AREA) for c in (covered, arteries, veins, reflex))
+    return tuple(layer.astype(np.float32) / 255 for layer in layers)
 
 
 # ----------------------------------------------------------------------------------------------------------- painting
 
 
-def _noise(rng: np.random.Generator, eye: _Eye, shape: tuple[int, int], scale: float) -> np.ndarray:
-    """A smooth random field, (H, W) float32, mean 0 and standard deviation 1, with bumps of `scale` field radii."""
-    cell = scale * eye.radius / 2.5
-    rows, columns = (math.ceil(n / cell) + 6 for n in shape)
-    lattice = cv2.GaussianBlur(rng.standard_normal((rows, columns), dtype=np.float32), (0, 0), 1.25)
-    lattice = (lattice - lattice.mean()) / lattice.std()
-    return cv2.resize(lattice, shape[::-1], interpolation=cv2.INTER_CUBIC)
-
-
-def _bump(x: np.ndarray, y: np.ndarray, at: tuple[float, float], sigma: float) -> np.ndarray:
-    """A Gaussian of height 1 around `at`, (H, W)."""
-    return np.exp(-((x - at[0]) ** 2) / (2 * sigma**2)) * np.exp(-((y - at[1]) ** 2) / (2 * sigma**2))
-
-
 def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The fundus without vessels, (H, W, 3) float32, about [0, 1]."""
     shape = y.shape[0], x.shape[1]
-    red = rng.uniform(0.6, 0.84)
-    green = red * rng.uniform(0.46, 0.58)
-    base = np.array([red, green, green * rng.uniform(0.42, 0.66)], np.float32)
 
-    # Large: the lamp's uneven light.  Middle: pigment.  Small: the choroid's vessels, as pale or dark stripes.
-    lamp = rng.uniform(-0.35, 0.35, 2)
-    light = (
-        1.08 - rng.uniform(0.15, 0.4) * ((x - lamp[0]) ** 2 + (y - lamp[1]) ** 2) + 0.07 * _noise(rng, eye, shape, 0.9)
-    )
-    pigment = (
-        0.03 * _noise(rng, eye, shape, 0.3)
-        + 0.02 * _noise(rng, eye, shape, 0.1)
-        + 0.018 * _noise(rng, eye, shape, 0.035)
-    )
-    tessellated = rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.06, 0.12)
-    stripes = np.exp(-((_noise(rng, eye, shape, 0.16) / 0.4) ** 2)) - 0.4
-    stripes *= (
-        tessellated * np.clip(0.5 + 0.6 * _noise(rng, eye, shape, 0.25), 0, 2) * (1 - _bump(x, y, eye.fovea, 0.35))
-    )
+    def noise(scale: float) -> np.ndarray:
+        """A smooth random field of mean 0 and standard deviation 1, with bumps of `scale` field radii."""
+        size = [math.ceil(2.5 * n / (scale * eye.radius)) + 6 for n in shape]
+        lattice = cv2.GaussianBlur(rng.standard_normal(size, dtype=np.float32), (0, 0), 1.25)
+        return cv2.resize((lattice - lattice.mean()) / lattice.std(), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
-    macula = rng.uniform(0.12, 0.24) * _bump(x, y, eye.fovea, 0.2) + rng.uniform(0.08, 0.2) * _bump(
-        x, y, eye.fovea, 0.06
-    )
-    sheen = _nerve_fibres(rng, eye, x, y)
-    shade = np.stack(
-        [
-            light * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen),
-            light * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * _noise(rng, eye, shape, 0.7)),
-            light
-            * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen)
-            * (1 + 0.08 * _noise(rng, eye, shape, 0.7)),
-        ],
-        axis=-1,
-    )
-    colour = base * shade.astype(np.float32)
-    _paint_disc(rng, eye, x, y, light, colour)
-    return colour
+    def around_fovea(sigma: float) -> np.ndarray:
+        return np.exp(-((x - eye.fovea[0]) ** 2 + (y - eye.fovea[1]) ** 2) / (2 * sigma**2))
 
+    # Large: the lamp's uneven light.  Middle and small: pigment.  Stripes: the choroid's vessels.
+    lamp_x, lamp_y = rng.uniform(-0.35, 0.35, 2).tolist()
+    light = 1.08 - rng.uniform(0.15, 0.4) * ((x - lamp_x) ** 2 + (y - lamp_y) ** 2) + 0.07 * noise(0.9)
+    pigment = 0.03 * noise(0.3) + 0.024 * noise(0.1) + 0.024 * noise(0.035)
+    stripes = (np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4) * np.clip(0.5 + 0.6 * noise(0.25), 0, 2)
+    stripes *= (1 - around_fovea(0.35)) * (rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.06, 0.12))
+    macula = rng.uniform(0.12, 0.24) * around_fovea(0.2) + rng.uniform(0.08, 0.2) * around_fovea(0.06)
 
-def _nerve_fibres(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Silvery sheen of the nerve fibres: fine rays from the disc, strongest above and below it; (H, W), about [0, 0.15]."""
-    strength = rng.uniform(0.0, 0.16)
+    # The nerve fibres' silvery sheen: fine rays from the disc, strongest above and below it.
     dx, dy = x - eye.disc[0], y - eye.disc[1]
-    angle = np.arctan2(dy, dx)
+    angle, far = np.arctan2(dy, dx), np.hypot(dx, dy)
     rays = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
-    rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), rays)
-    far = np.hypot(dx, dy)
-    return strength * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2)) / 0.3
+    rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), rays).astype(np.float32)
+    sheen = rng.uniform(0.0, 0.5) * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2))
 
+    red = rng.uniform(0.56, 0.8)
+    green = red * rng.uniform(0.46, 0.58)
+    blue = green * rng.uniform(0.42, 0.66)
+    shades = (
+        red * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen),
+        green * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * noise(0.7)),
+        blue * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen) * (1 + 0.08 * noise(0.7)),
+    )
+    colour = np.stack([light * shade for shade in shades], axis=-1).astype(np.float32)
 
-def _paint_disc(
-    rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndarray, light: np.ndarray, colour: np.ndarray
-) -> None:
-    """Blend the optic disc into `colour`: a pale oval with a paler cup, a soft edge, a darker ring around it."""
-    dx, dy = (x - eye.disc[0]) * rng.uniform(1.02, 1.15), y - eye.disc[1]
-    angle = np.arctan2(dy, dx)
-    wobble = 1 + sum(rng.normal(0, 0.018) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in (2, 3, 4))
-    far = np.hypot(dx, dy) / (eye.disc_radius * wobble)
-    # A crescent of thin pigment often lies on the temporal side; elsewhere the ring is a little darker.
-    ring = np.exp(-(((far - 1.12) / 0.1) ** 2)) * (rng.uniform(0.0, 0.25) * np.cos(angle) * eye.temporal - 0.05)
-    colour *= (1 + ring)[..., None]
-    pale = np.array([rng.uniform(0.84, 0.95), rng.uniform(0.58, 0.7), rng.uniform(0.29, 0.4)], np.float32)
-    cup_at = rng.uniform(0.0, 0.25) * eye.temporal
-    cup_size = rng.uniform(0.35, 0.6)
-    cup = _step_down(np.hypot(dx / eye.disc_radius - cup_at, dy / eye.disc_radius) / cup_size, 0.16)
-    inside = (_step_down(far, rng.uniform(0.035, 0.07)) * rng.uniform(0.82, 0.95))[..., None]
-    # The nasal rim is thicker and so redder.
-    rim = 1 - 0.1 * (1 - cup) * (1 - 0.6 * np.cos(angle) * eye.temporal)
-    disc = pale * (light * rim)[..., None] + cup[..., None] * np.array([0.04, 0.13, 0.12], np.float32)
-    colour *= 1 - inside
-    colour += inside * disc
-
-
-def _step_down(far: np.ndarray, soft: float) -> np.ndarray:
-    """1 where `far` < 1, 0 beyond, with a transition about `soft` wide."""
-    return 1 / (1 + np.exp(np.clip((far - 1) / soft, -30, 30) * 2))
+    # The disc: a pale oval with a soft edge; a crescent of thin pigment often lies on its temporal side.
+    far = far * (1 + rng.uniform(-0.06, 0.06) * np.cos(2 * angle) + 0.02 * np.cos(3 * angle)) / eye.disc_radius
+    temporal = np.cos(angle) * eye.temporal
+    colour *= (1 + np.exp(-(((far - 1.12) / 0.1) ** 2)) * (rng.uniform(0.0, 0.25) * temporal - 0.05))[..., None]
+    inside = rng.uniform(0.43, 0.48) * (1 - np.tanh((far - 1) / rng.uniform(0.06, 0.12)))[..., None]
+    # Its cup is paler still; its rim is thicker, so redder, on the nasal side.
+    from_cup = np.hypot(dx - rng.uniform(0.0, 0.25) * eye.temporal * eye.disc_radius, dy) / eye.disc_radius
+    cup = 0.5 * (1 - np.tanh((from_cup / rng.uniform(0.35, 0.6) - 1) / 0.16))
+    pale = np.array([rng.uniform(0.88, 1.0), rng.uniform(0.54, 0.66), rng.uniform(0.26, 0.36)], np.float32)
+    disc = pale * (light * (1 - 0.1 * (1 - cup) * (1 - 0.6 * temporal)))[..., None]
+    disc += cup[..., None] * np.array([0.05, 0.2, 0.17], np.float32)
+    return (colour + inside * (disc - colour)).astype(np.float32)
 
 
 def _paint_lesions(rng: np.random.Generator, eye: _Eye, colour: np.ndarray) -> None:
-    """What a network must not take for a vessel, or for its absence: bright exudates or drusen, dark small haemorrhages."""
-    shape = colour.shape[:2]
-    for chance, many, size, tint in (
-        (0.35, 45, 0.009, (0.25, 0.55, 0.35)),  # exudates, drusen
-        (0.4, 14, 0.012, (-0.3, -0.42, -0.35)),  # haemorrhages
-    ):
+    """What a network must not take for a vessel, or for its absence: exudates and drusen, and small haemorrhages."""
+    bright, dark = (0.35, 45, 0.009, (0.25, 0.55, 0.35)), (0.4, 14, 0.012, (-0.2, -0.45, -0.35))
+    for chance, many, size, tint in (bright, dark):
         count = int(rng.integers(4, many)) if rng.random() < chance else 0
-        spots = np.zeros(shape, np.float32)
-        middle = rng.normal(eye.fovea, 0.25)
-        for _ in range(count):
-            at = (rng.normal(middle, 0.28) * eye.radius + eye.centre) * 16
-            axes = np.maximum(rng.gamma(3, size / 3, 2) * eye.radius * 16, 8)
-            centre, axes = np.rint(at).astype(int).tolist(), np.rint(axes).astype(int).tolist()
-            cv2.ellipse(spots, centre, axes, rng.uniform(0, 180), 0, 360, rng.uniform(0.3, 1), -1, cv2.LINE_8, 4)
+        spots, middle = np.zeros(colour.shape[:2], np.float32), rng.normal(eye.fovea, 0.25)
+        for strength in np.sort(rng.uniform(0.3, 1, count)).tolist():
+            at = np.rint((rng.normal(middle, 0.28) * eye.radius + eye.centre) * 16).astype(int).tolist()
+            axes = np.rint(np.maximum(rng.gamma(3, size / 3, 2) * eye.radius * 16, 8)).astype(int).tolist()
+            cv2.ellipse(spots, at, axes, rng.uniform(0, 180), 0, 360, strength, -1, cv2.LINE_8, 4)
         if count:
             spots = cv2.GaussianBlur(spots, (0, 0), max(0.6, 0.003 * eye.radius))
             colour *= 1 + spots[..., None] * np.array(tint, np.float32)
 
 
 def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.ndarray) -> np.ndarray:
-    """What the camera makes of the fundus: cast, blur, black surround, sensor noise, JPEG; returns (H, W, 3) uint8 RGB."""
-    scale = eye.radius / 245  # 1 in a 512 px photo
-    colour *= (rng.uniform(0.88, 1.18) * rng.uniform([0.96, 0.95, 0.9], [1.04, 1.04, 1.1])).astype(np.float32)
-    field = fov.astype(np.float32)[..., None] * np.ones(3, np.float32)
+    """What the camera makes of the fundus: cast, blur, black surround, noise, JPEG; returns (H, W, 3) uint8 RGB."""
+    cast = rng.uniform(0.86, 1.14) * rng.uniform([0.96, 0.95, 0.9], [1.04, 1.04, 1.1])
     dark = rng.uniform(0.008, 0.03, 3).astype(np.float32)
-    seen = cv2.GaussianBlur(colour * field + dark * (1 - field), (0, 0), max(0.35, rng.uniform(0.5, 0.9) * scale))
-    # Shot noise grows with the light; the sensor's colour filter and the file format smear its colour part.
+    seen = np.where(fov[..., None], colour * cast.astype(np.float32), dark)
+    seen = cv2.GaussianBlur(
+        seen, (0, 0), max(0.35, rng.uniform(0.5, 0.9) * eye.radius / 245)
+    )  # 245 px: a 512 px photo's
+    # Shot noise grows with the light; half of it is smeared over neighbours, as demosaicing does.
     noise = rng.standard_normal(seen.shape, dtype=np.float32)
     noise = 0.6 * noise + 1.2 * cv2.GaussianBlur(noise, (0, 0), 0.8)
-    seen += noise * rng.uniform(0.014, 0.026) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
-    bgr = np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8)[..., ::-1]
-    ok, code = cv2.imencode(".jpg", np.ascontiguousarray(bgr), [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(82, 97))])
+    seen += noise * rng.uniform(0.016, 0.03) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
+    bgr = cv2.cvtColor(np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
+    code = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(82, 97))])[1]
     return cv2.cvtColor(cv2.imdecode(code, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-
-
-def _black_white(inside: np.ndarray) -> np.ndarray:
-    return inside.astype(np.uint8) * 255

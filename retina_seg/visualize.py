@@ -66,6 +66,15 @@ def vessel_overlay(photo: np.ndarray, vessels: np.ndarray, opacity: float = 0.6)
     return picture
 
 
+def shrink(picture: np.ndarray, width: int) -> np.ndarray:
+    """The picture (H, W[, 3]) uint8 scaled down to `width` pixels, its shape kept; as it is where it is narrower."""
+    if picture.shape[1] <= width:
+        return picture
+    return cv2.resize(
+        picture, (width, max(1, round(picture.shape[0] * width / picture.shape[1]))), interpolation=cv2.INTER_AREA
+    )
+
+
 def contact_sheet(
     pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, width: int = 320
 ) -> np.ndarray:
@@ -74,13 +83,11 @@ def contact_sheet(
     from torchvision.utils import make_grid
 
     tiles = []
-    height = max(round(p.shape[0] * width / p.shape[1]) for p in pictures)
+    height = max(shrink(picture, width).shape[0] for picture in pictures)
     for picture, caption in zip(pictures, captions, strict=True):
-        small = cv2.resize(
-            picture, (width, round(picture.shape[0] * width / picture.shape[1])), interpolation=cv2.INTER_AREA
-        )
+        small = shrink(picture, width)
         tile = np.full((height + 24, width, 3), 255, np.uint8)
-        tile[24 : 24 + small.shape[0]] = small
+        tile[24 : 24 + small.shape[0], : small.shape[1]] = small
         cv2.putText(tile, caption, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
         tiles.append(torch.from_numpy(tile).permute(2, 0, 1))
     grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
@@ -123,6 +130,34 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     for axis in axes if best else ():
         axis.axvline(best, color="0.5", lw=1, ls="--", label="kept")
     axes[0].legend(frameon=False)
+    return figure
+
+
+def ranking_curves(rankings: dict[str, Any]) -> Any:
+    """Pooled ROC and precision-recall curves, one line a region: a matplotlib figure.
+
+    Args:
+        rankings: region -> `metrics.RankingHistogram`.
+    """
+    figure, axes = new_figure(2, height=4.2)
+    for region, ranking in rankings.items():
+        found, invented = ranking.rates()
+        if not found[-1] or not invented[-1]:
+            continue
+        # a few hundred points draw the same line as 65,537
+        keep = np.unique(np.linspace(0, len(found) - 1, 2000).astype(int))
+        tp, fp = found[keep], invented[keep]
+        axes[0].plot(fp / fp[-1], tp / tp[-1], label=f"{region}, AUC {ranking.auc():.4f}")
+        called = np.maximum(tp + fp, 1)
+        shown = tp > 0
+        score = ranking.average_precision()
+        axes[1].plot((tp / tp[-1])[shown], (tp / called)[shown], label=f"{region}, average precision {score:.4f}")
+    axes[0].set(xlabel="false positive rate", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), title="ROC, pixels pooled")
+    axes[1].set(
+        xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), title="precision and recall, pixels pooled"
+    )
+    for axis in axes:
+        axis.legend(frameon=False, loc="lower left" if axis is axes[1] else "lower right")
     return figure
 
 

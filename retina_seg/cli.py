@@ -1,0 +1,260 @@
+"""The command `retina-seg`: parse, call, print. The work is done in the modules it calls; they are imported when needed.
+
+Exit status: 0 done; 1 the work found something wrong (`check`); 2 a mistake that its user can mend; 130 stopped by
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+PRESET_NAMES = ("notebook", "fast", "quick")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (None: the process's own) and return its exit status."""
+    options = build_parser().parse_args(arguments)
+    from retina_seg.utils import UserError
+
+    try:
+        return options.call(options) or 0
+    except UserError as error:
+        message = str(error).replace("\n", "\\n")  # a file may be called anything; the message stays one line
+        print(f"retina-seg: error: {message}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"retina-seg: error: {error}; the last good checkpoint is kept, lower --learning-rate", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("retina-seg: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- calls
+
+
+def _run(options: argparse.Namespace) -> None:
+    from retina_seg.run import run
+    from retina_seg.test import original_lines, table
+
+    value = run(options.data, options.output, options.preset, **_recipe_changes(options))
+    print(table(value))
+    print("\n".join(original_lines(value)))
+    print(f"written to {value['folder']}: metrics.json, curves.png, contact_sheet.png, images/")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from retina_seg.train import PRESETS, TrainConfig, fit
+
+    if options.resume:
+        config = TrainConfig.from_json(Path(options.resume) / "config.json")
+        config.output = options.resume
+    else:
+        changes = {"data": options.data, **_recipe_changes(options)}
+        if options.config:
+            config = TrainConfig.from_json(options.config)
+            for name, value in changes.items():
+                setattr(config, name, value)
+            config.output = options.output or config.output
+        else:
+            preset = options.preset or "fast"
+            config = PRESETS[preset](output=options.output or f"results/{preset}", **changes)
+    done = fit(config, resume=bool(options.resume))
+    print(f"written to {done.folder}: checkpoint.pth (epoch {done.best}), history.csv, curves.png, config.json")
+
+
+def _test(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from retina_seg.test import original_lines, table, test
+    from retina_seg.utils import UserError
+
+    output = options.output
+    if output is None:
+        if not options.run:
+            raise UserError("--output is needed with --checkpoint: the folder for the scores and pictures")
+        output = Path(options.run) if options.protocol == "notebook" else Path(options.run) / options.protocol
+    value = test(
+        options.run or options.checkpoint,
+        options.data,
+        output,
+        options.protocol,
+        options.threshold,
+        device=options.device,
+        precision=options.precision,
+        flips=options.flips,
+    )
+    print(table(value))
+    print("\n".join(original_lines(value)))
+    print(f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from retina_seg.prepare import prepare_set
+
+    size = options.size if options.size == "native" else int(options.size)
+    folder = prepare_set(options.set, options.source, options.destination, size, options.split)
+    print(f"written to {folder}; see what it holds: retina-seg check {folder}")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from retina_seg.check import check_set
+
+    report = check_set(options.data)
+    print("\n".join(report.lines()))
+    return 1 if report.problems else 0
+
+
+def _synth(options: argparse.Namespace) -> None:
+    from retina_seg.synthetic import write_set
+
+    folder = write_set(options.destination, options.train, options.test, (options.size, options.size), options.seed)
+    print(f"written to {folder}: {options.train} training and {options.test} test photos")
+
+
+def _recipe_changes(options: argparse.Namespace) -> dict:
+    names = (
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "seed",
+        "size",
+        "validation",
+        "held_out",
+        "precision",
+        "device",
+        "workers",
+    )
+    given = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+# --------------------------------------------------------------------------------------------------------------- parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="retina-seg",
+        description="Retinal vessel segmentation: a light U-Net with two attention gates. Not a medical device.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(
+        commands, "run", _run, "train and test in one go; synthetic photos where Data1 is empty", "run --data Data1"
+    )
+    _data(run)
+    run.add_argument(
+        "--output", default="results/run", help="the run's folder (default: %(default)s, or the next free name)"
+    )
+    run.add_argument("--preset", choices=PRESET_NAMES, help="the recipe (default: fast; quick on synthetic photos)")
+    _recipe(run)
+
+    train = _command(
+        commands, "train", _train, "train a network", "train --preset notebook --data Data1 --output results/notebook"
+    )
+    _data(train)
+    train.add_argument("--output", help="the run's folder (default: results/<preset>)")
+    source = train.add_mutually_exclusive_group()
+    source.add_argument("--preset", choices=PRESET_NAMES, help="the recipe (default: fast)")
+    source.add_argument("--config", metavar="JSON", help="the recipe in a run's config.json")
+    source.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    _recipe(train)
+
+    test = _command(
+        commands, "test", _test, "score a checkpoint on a test set", "test --run results/notebook --data Data1"
+    )
+    which = test.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", help="the folder of a training")
+    which.add_argument("--checkpoint", help="a checkpoint file, the original's too, or the name of weights that ship")
+    _data(test)
+    test.add_argument("--output", help="folder for scores and pictures (default: the run's folder; in it, native/)")
+    test.add_argument(
+        "--protocol",
+        choices=("notebook", "native"),
+        default="notebook",
+        help="512x512 and threshold 0.5 as the original, or the photos' own size (default: %(default)s)",
+    )
+    test.add_argument("--threshold", type=float, help="cut at this probability (default: the protocol's)")
+    test.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")
+    test.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    test.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "auto"),
+        default="float32",
+        help="arithmetic; float32 gives the same scores everywhere (default: %(default)s)",
+    )
+
+    prepare = _command(
+        commands, "prepare", _prepare, "bring a public set into the Data1 layout", "prepare drive DRIVE Data1"
+    )
+    prepare.add_argument("set", choices=("drive", "chase_db1", "stare", "hrf", "les-av"), help="which set it is")
+    prepare.add_argument("source", help="the folder as downloaded and unpacked")
+    prepare.add_argument("destination", help="a new or empty folder")
+    prepare.add_argument("--size", default="512", type=_size, help="side in pixels, or native (default: %(default)s)")
+    prepare.add_argument(
+        "--split", choices=("usual", "train", "test"), default="usual", help="or all in one part (default: %(default)s)"
+    )
+
+    check = _command(commands, "check", _check, "say what a set holds and what is wrong with it", "check Data1")
+    check.add_argument("data", metavar="DATA", help="the set's folder")
+
+    synth = _command(commands, "synth", _synth, "draw a set of synthetic photos", "synth results/synthetic --train 20")
+    synth.add_argument("destination", help="a new or empty folder")
+    synth.add_argument("--train", type=int, default=12, help="training photos (default: %(default)s)")
+    synth.add_argument("--test", type=int, default=4, help="test photos (default: %(default)s)")
+    synth.add_argument("--size", type=int, default=512, help="side in pixels (default: %(default)s)")
+    synth.add_argument("--seed", type=int, default=0, help="another seed, other photos (default: %(default)s)")
+    return parser
+
+
+def _command(commands, name: str, call, summary: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example: retina-seg {example}"
+    )
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="Data1", help="the set's folder, or one that holds it (default: %(default)s)")
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("changes to the recipe", "what is not given is the recipe's own")
+    group.add_argument("--epochs", type=int, help="passes (default: notebook 10, fast 40, quick 6)")
+    group.add_argument("--batch-size", type=int, help="photos a step (default: notebook 2, fast and quick 4)")
+    group.add_argument("--learning-rate", type=float, help="its peak (default: notebook 1e-4, fast and quick 2e-3)")
+    group.add_argument("--seed", type=int, help="of all that is drawn (default: 42)")
+    group.add_argument(
+        "--size", type=int, help="side the network is fed, pixels (default: notebook 512, fast 384, quick 256)"
+    )
+    group.add_argument(
+        "--validation",
+        choices=("test", "photos", "none"),
+        help="what validates: the test part as in the original, held-out photos, nothing (default: notebook test, else none)",
+    )
+    group.add_argument("--held-out", type=int, help="photos held out by --validation photos (default: 4)")
+    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="arithmetic (default: auto)")
+    group.add_argument("--device", help="cpu, cuda, … (default: auto)")
+    group.add_argument("--workers", type=int, help="processes that load photos (default: 0)")
+
+
+def _size(text: str) -> str:
+    if text != "native" and not (text.isdecimal() and int(text) >= 32):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither native nor a number of pixels from 32 on")
+    return text
+
+
+def _version() -> str:
+    from retina_seg import __version__
+
+    return __version__

@@ -1,0 +1,257 @@
+"""Score a network on a set, and write the numbers and the pictures (the original's `test`).
+
+Protocols:
+
+- "notebook", the original's: photo and label squeezed to 512x512, the whole frame scored, threshold 0.5. The label is
+  cut at 0.5 of its interpolated edges.
+- "native": the probability at the photo's own size against the label as drawn.
+
+Both write the scores over the frame and inside the field of view.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm.auto import tqdm
+
+from retina_seg import metrics, visualize
+from retina_seg.data import Pair, list_pairs, load_fov, load_pair, read_mask
+from retina_seg.images import write_picture
+from retina_seg.model import count_parameters
+from retina_seg.predict import Segmenter
+from retina_seg.utils import UserError, create_dir, environment, write_json, write_text
+from retina_seg.visualize import mask_parse  # the original's name, importable from here
+
+__all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
+
+PROTOCOLS = ("notebook", "native")
+NOTEBOOK_SIZE = (512, 512)
+ORIGINAL_FIVE = {"Jaccard": "jaccard", "F1": "f1", "Recall": "recall", "Precision": "precision", "Acc": "accuracy"}
+
+
+def calculate_metrics(y_true: Any, y_pred: Any) -> list[float]:
+    """The original's: [jaccard, f1, recall, precision, accuracy] of both arrays cut at 0.5.
+
+    Args:
+        y_true, y_pred: tensors or arrays of one size, values in [0, 1].
+
+    Returns:
+        Five floats in [0, 1]; 0 where a score is undefined, as scikit-learn gives it.
+    """
+    true, predicted = (
+        np.asarray(y.detach().cpu() if hasattr(y, "detach") else y).reshape(-1) > 0.5 for y in (y_true, y_pred)
+    )
+    counts = metrics.count(true, predicted)
+    values = [metrics.FROM_COUNTS[name](counts) for name in ORIGINAL_FIVE.values()]
+    return [0.0 if math.isnan(value) else value for value in values]
+
+
+def _prepare(pair: Pair, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Photo (H, W, 3) uint8, label (H, W) uint8, field of view (H, W) bool, second observer's mask (H, W) bool or None."""
+    photo, label = load_pair(pair.image, pair.mask)
+    fov = load_fov(pair, photo)
+    second = None if pair.mask_2nd is None else read_mask(pair.mask_2nd)
+    if second is not None and second.shape != label.shape:
+        raise UserError(f"{pair.mask_2nd}: differs in size from its photo {pair.image}")
+    if protocol == "notebook" and label.shape != NOTEBOOK_SIZE:
+        size = NOTEBOOK_SIZE[::-1]
+        photo, label = cv2.resize(photo, size), cv2.resize(label, size)
+        fov = cv2.resize(fov.astype(np.uint8) * 255, size) > 127
+        second = None if second is None else cv2.resize(second, size)
+    return photo, label, fov, None if second is None else second > 127
+
+
+def score_pairs(
+    segmenter: Segmenter,
+    pairs: Sequence[Pair],
+    protocol: str = "notebook",
+    threshold: float | None = None,
+    pictures: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Segment and score every pair.
+
+    Args:
+        threshold: None: 0.5 under "notebook", the segmenter's own under "native".
+        pictures: a folder for the strips (`<name>.png`) and the error overlays (`<name>_errors.png`); None: none.
+
+    Returns:
+        What metrics.json holds (see `metrics`), plus "curves": region -> RankingHistogram, and "sheet": a list of
+        (F1, name, error overlay at most 320 pixels wide) for the contact sheet.
+
+    Raises:
+        UserError: no such protocol, a file that cannot be read, a folder that may not be written to.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
+    if threshold is None:
+        threshold = 0.5 if protocol == "notebook" else segmenter.threshold
+    regions = ("frame", "fov")
+    totals = {region: metrics.SetScores() for region in regions}
+    seconds_totals = {region: metrics.SetScores() for region in regions}
+    rows, sheet, times = [], [], []
+    if pictures is not None:
+        pictures = create_dir(pictures)
+    for pair in tqdm(pairs, desc="testing", unit="photo", disable=not progress):
+        photo, label, fov, second = _prepare(pair, protocol)
+        start = time.perf_counter()
+        # the original's protocol keeps what the network says of the black surround
+        probability = segmenter(photo, everywhere=protocol == "notebook")
+        times.append(time.perf_counter() - start)
+        true, predicted = label > 127, probability > threshold
+        masks = {"frame": None, "fov": fov}
+        scored = metrics.score_photo(true, predicted, probability, masks)
+        for region in regions:
+            totals[region].add(scored[region], true, probability, masks[region])
+        if second is not None:
+            for region, score in metrics.score_photo(true, second, None, masks).items():
+                seconds_totals[region].add(score, true, None, masks[region])
+        rows.append(
+            {"name": pair.name, **{region: scored[region].scores for region in regions}, "seconds": times[-1]},
+        )
+        if pictures is not None:
+            line = visualize.strip(photo, label, (predicted * 255).astype(np.uint8))
+            write_picture(pictures / f"{pair.name}.png", line)
+            errors = visualize.error_overlay(photo, true, predicted, None if protocol == "notebook" else fov)
+            write_picture(pictures / f"{pair.name}_errors.png", errors)
+            sheet.append((scored["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
+    result: dict[str, Any] = {region: totals[region].summary() for region in regions}
+    if seconds_totals["frame"].photos:
+        result["second_observer"] = {region: seconds_totals[region].summary() for region in regions}
+        result["second_observer"]["photos"] = len(seconds_totals["frame"].photos)
+    result |= {
+        "images": rows,
+        "threshold": threshold,
+        "seconds": float(np.mean(times)),
+        "curves": {region: totals[region].ranking for region in regions},
+        "sheet": sheet,
+    }
+    return result
+
+
+def test(
+    checkpoint: str | Path,
+    data: str | Path,
+    output: str | Path,
+    protocol: str = "notebook",
+    threshold: float | None = None,
+    part: str = "test",
+    pairs: Sequence[Pair] | None = None,
+    progress: bool = True,
+    pictures: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score `checkpoint` on one part of the set at `data` and write to `output`: metrics.json, metrics.csv, and pictures.
+
+    Pictures: `images/` (a strip and an error overlay a photo), `contact_sheet.png` (worst photo first), `curves_test.png`
+    (ROC and precision-recall).
+
+    Args:
+        checkpoint: as `Segmenter.load` takes it. options: as `Segmenter` takes them; precision float32 unless given,
+            so that scores are the same on every machine.
+        pairs: score these instead of `part` (validation photos, say).
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: as `Segmenter.load`, `list_pairs` and `score_pairs`.
+    """
+    from retina_seg.model import load_checkpoint
+    from retina_seg.predict import find_checkpoint
+
+    path = find_checkpoint(checkpoint)
+    segmenter = Segmenter.load(path, **{"precision": "float32", **options})
+    notes = {key: value for key, value in load_checkpoint(path).items() if key != "state_dict"}
+    pairs = list_pairs(data, part) if pairs is None else pairs
+    output = create_dir(output)
+    result = score_pairs(segmenter, pairs, protocol, threshold, output / "images" if pictures else None, progress)
+    given = threshold is not None
+    default_from = "fixed" if protocol == "notebook" else notes.get("threshold_from", "fixed")
+    value = {
+        "protocol": {
+            "name": protocol,
+            "size": "512x512" if protocol == "notebook" else "native",
+            "threshold": result["threshold"],
+            "threshold_from": "given" if given else default_from,
+            "selected_on": notes.get("selected_on", "unknown"),
+            "data": str(data),
+            "part": part,
+            "photos": len(pairs),
+            "flips": segmenter.flips,
+        },
+        "model": {
+            "name": notes["model"],
+            "parameters": count_parameters(segmenter.model),
+            "checkpoint": str(checkpoint),
+            "frame": segmenter.frame,
+        },
+        **{key: result[key] for key in ("frame", "fov", "second_observer") if key in result},
+        "images": result["images"],
+        "speed": {
+            "images_per_second": 1 / result["seconds"],
+            **{k: v for k, v in environment(segmenter.device, segmenter.precision).items() if k != "packages"},
+        },
+    }
+    write_json(output / "metrics.json", value)
+    write_csv(output / "metrics.csv", result["images"])
+    if pictures:
+        worst_first = sorted(result["sheet"], key=lambda item: -1 if math.isnan(item[0]) else item[0])
+        captions = [f"{name}  F1 {score:.4f}" for score, name, _ in worst_first]
+        write_picture(output / "contact_sheet.png", visualize.contact_sheet([p for _, _, p in worst_first], captions))
+        visualize.save_figure(output / "curves_test.png", visualize.ranking_curves(result["curves"]))
+    return value
+
+
+def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a row a photo: name, every score in both regions, seconds; what is undefined is left empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [(region, name) for region in ("frame", "fov") for name in metrics.SCORES]
+    writer.writerow(["name", *(f"{region}_{name}" for region, name in columns), "seconds"])
+    for row in rows:
+        values = [row[region][name] for region, name in columns]
+        shown = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
+        writer.writerow([row["name"], *shown, f"{row['seconds']:.4f}"])
+    write_text(path, text.getvalue())
+
+
+def original_lines(value: dict[str, Any]) -> list[str]:
+    """The original's two lines: its five scores over the frame, and images a second."""
+    mean = value["frame"]["mean"]
+    five = " - ".join(f"{shown}: {_number(mean[name])}" for shown, name in ORIGINAL_FIVE.items())
+    return [five, f"FPS: {value['speed']['images_per_second']:.3f}"]
+
+
+def table(value: dict[str, Any]) -> str:
+    """The scores of metrics.json as a table for people: a row a region (and observer), a column a score."""
+    rows = [("network, frame", value["frame"]), ("network, field of view", value["fov"])]
+    if "second_observer" in value:
+        for region, shown in (("frame", "frame"), ("fov", "field of view")):
+            rows.append((f"2nd observer, {shown}", value["second_observer"][region]))
+    short = {"average_precision": "avg prec", "specificity": "specif", "precision": "precis", "accuracy": "accur"}
+    lines = [" " * 24 + "".join(f"{short.get(name, name):>9}" for name in metrics.SCORES)]
+    for title, scores in rows:
+        lines.append(f"{title:<24}" + "".join(f"{_number(scores['mean'][name]):>9}" for name in metrics.SCORES))
+    low, high = value["fov"]["ci95"]["f1"]
+    protocol = value["protocol"]
+    lines.append(
+        f"means over {protocol['photos']} photos, {protocol['size']}, threshold {protocol['threshold']:.2f} "
+        f"({protocol['threshold_from']}); F1 in the field of view: 95 % interval {_number(low)} to {_number(high)}"
+    )
+    if protocol["selected_on"] == "test":
+        lines.append("note: the epoch was chosen on the test photos, as in the original: these scores are optimistic")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
