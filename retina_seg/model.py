@@ -191,7 +191,7 @@ class FastAttentionUNet(nn.Module):
 
     stride = 8
 
-    def __init__(self, width: int = 32, deepest: int = 72, fine: int = 12, dropout: float = 0.1) -> None:
+    def __init__(self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1) -> None:
         super().__init__()
         w1, w2, w3 = width, 2 * width, deepest
         self.unshuffle = nn.PixelUnshuffle(2)

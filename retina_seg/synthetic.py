@@ -419,9 +419,8 @@ def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.nda
     cast = rng.uniform(0.86, 1.14) * rng.uniform([0.96, 0.95, 0.9], [1.04, 1.04, 1.1])
     dark = rng.uniform(0.008, 0.03, 3).astype(np.float32)
     seen = np.where(fov[..., None], colour * cast.astype(np.float32), dark)
-    seen = cv2.GaussianBlur(
-        seen, (0, 0), max(0.35, rng.uniform(0.5, 0.9) * eye.radius / 245)
-    )  # 245 px: a 512 px photo's
+    blur = rng.uniform(0.5, 0.9) * eye.radius / 245  # 245 px is the field's radius in a 512 px photo
+    seen = cv2.GaussianBlur(seen, (0, 0), max(0.35, blur))
     # Shot noise grows with the light; half of it is smeared over neighbours, as demosaicing does.
     noise = rng.standard_normal(seen.shape, dtype=np.float32)
     noise = 0.6 * noise + 1.2 * cv2.GaussianBlur(noise, (0, 0), 0.8)
