@@ -114,8 +114,13 @@ def _check(options: argparse.Namespace) -> int:
 
 def _synth(options: argparse.Namespace) -> None:
     from retina_seg.synthetic import write_set
+    from retina_seg.utils import UserError
 
-    folder = write_set(options.destination, options.train, options.test, (options.size, options.size), options.seed)
+    size = (options.size, options.size)
+    try:
+        folder = write_set(options.destination, options.train, options.test, size, options.seed)
+    except (OSError, ValueError) as error:  # the drawing room knows no other room, so its errors are Python's own
+        raise UserError(str(error)) from None
     print(f"written to {folder}: {options.train} training and {options.test} test photos")
 
 

@@ -43,9 +43,34 @@ def find_fov(photo: np.ndarray) -> np.ndarray:
     if count < 2:
         return np.ones((height, width), bool)
     largest = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    hull = cv2.convexHull(cv2.findNonZero(largest.astype(np.uint8)))
-    found = cv2.fillConvexPoly(np.zeros(light.shape, np.uint8), hull, 1)
-    return cv2.resize(found, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+    pixels = cv2.findNonZero(largest.astype(np.uint8)).reshape(-1, 2).astype(np.float32)
+    squares = np.concatenate([pixels + [x, y] for x in (-0.5, 0.5) for y in (-0.5, 0.5)]).astype(np.float32)
+    hull = cv2.convexHull(squares).reshape(-1, 2).astype(float)
+    return _fill_convex((hull + 0.5) * [width / small_size[0], height / small_size[1]] - 0.5, height, width)
+
+
+def _fill_convex(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels (height, width) bool with their middle in the convex polygon of `corners`, (n, 2) float x, y in order.
+
+    By half-planes, so that a mirrored or turned polygon gives the mirrored or turned pixels: one row's bounds at a time.
+    """
+    rows = np.arange(height)
+    left, right = np.zeros(height), np.full(height, width - 1.0)
+    middle = corners.mean(axis=0)
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        if y0 == y1:
+            continue  # a level edge bounds rows, below
+        slope = (x1 - x0) / (y1 - y0)
+        crossing = x0 + (rows - y0) * slope
+        if x0 + (middle[1] - y0) * slope < middle[0]:
+            left = np.maximum(left, crossing)
+        else:
+            right = np.minimum(right, crossing)
+    slack = 1e-4  # a middle on the edge counts, whichever way it was rounded
+    right[(rows < corners[:, 1].min() - slack) | (rows > corners[:, 1].max() + slack)] = -width
+    columns = np.arange(width, dtype=np.float32)
+    left, right = (bound.astype(np.float32)[:, None] for bound in (left - slack, right + slack))
+    return (columns >= left) & (columns <= right)
 
 
 def _surround_level(light: np.ndarray) -> float:

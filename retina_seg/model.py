@@ -113,6 +113,7 @@ class AttentionUNet(nn.Module):
     """
 
     stride = 4  # height and width must be multiples of this
+    receptive_field = None  # up-sampling with aligned corners sees a tile otherwise than the whole: it cannot be tiled
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,6 +191,7 @@ class FastAttentionUNet(nn.Module):
     """
 
     stride = 8
+    receptive_field = 160  # pixels to either side that a pixel's answer depends on, at most
 
     def __init__(self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1) -> None:
         super().__init__()

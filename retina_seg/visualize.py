@@ -156,11 +156,97 @@ def ranking_curves(rankings: dict[str, Any]) -> Any:
     axes[1].set(
         xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), title="precision and recall, pixels pooled"
     )
-    for axis in axes:
-        axis.legend(frameon=False, loc="lower left" if axis is axes[1] else "lower right")
+    for axis, place in zip(axes, ("lower right", "lower left"), strict=True):
+        if axis.lines:
+            axis.legend(frameon=False, loc=place)
     return figure
 
 
 def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
     """Write `curves` to `path`."""
     save_figure(path, curves(history, best))
+
+
+# -------------------------------------------------------------------------------------------------- figures for notebooks
+
+SCREEN_DPI = 72  # of the figures that show pictures: a committed notebook has to stay small
+
+
+def from_tensor(tensor: Any) -> np.ndarray:
+    """What a data set gives, as a picture: (3, H, W) float BGR in [0, 1] -> (H, W, 3) uint8 RGB; (1, H, W) -> (H, W)."""
+    values = np.rint(np.asarray(tensor) * 255).astype(np.uint8)
+    return values[0] if len(values) == 1 else np.ascontiguousarray(values[::-1].transpose(1, 2, 0))
+
+
+def gallery(
+    pictures: Sequence[np.ndarray],
+    titles: Sequence[str],
+    columns: int = 4,
+    width: int = 200,
+    colours: bool = False,
+) -> Any:
+    """Pictures in rows with a title above each: a matplotlib figure.
+
+    Args:
+        pictures: (H, W, 3) uint8 RGB, or (H, W): uint8, bool, or float in [0, 1]; of about the same shape.
+        titles: one a picture.
+        width: of a picture on the screen, pixels.
+        colours: whether a legend names the colours of `error_overlay`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    height = width * max(picture.shape[0] / picture.shape[1] for picture in pictures) + 24
+    size = (columns * (width + 8), rows * (height + 8) + 30 * colours)
+    figure = Figure(figsize=[side / SCREEN_DPI for side in size], dpi=SCREEN_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=4 / SCREEN_DPI, h_pad=4 / SCREEN_DPI, wspace=0, hspace=0)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (picture, title) in zip(axes, zip(pictures, titles, strict=True), strict=False):
+        bright = 255 if picture.dtype == np.uint8 else 1
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=bright)
+        axis.set_title(title, fontsize=11)
+    if colours:
+        named = {"right": RIGHT, "missed": MISSED, "invented": INVENTED}
+        patches = [Patch(color=np.array(colour) / 255, label=name) for name, colour in named.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=12)
+    return figure
+
+
+def heat_maps(photo: np.ndarray, maps: dict[str, np.ndarray], width: int = 260) -> Any:
+    """A photo, then maps of it in colours, each with its own scale beside it: a matplotlib figure.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB.
+        maps: title -> (h, w) float; the scale runs over the middle 98 % of its values.
+        width: of a picture on the screen, pixels.
+    """
+    from matplotlib.figure import Figure
+
+    size = ((len(maps) + 1) * (width + 40), width * photo.shape[0] / photo.shape[1] + 30)
+    figure = Figure(figsize=[side / SCREEN_DPI for side in size], dpi=SCREEN_DPI, layout="constrained")
+    first, *axes = figure.subplots(1, len(maps) + 1)
+    first.imshow(photo)
+    first.set_title("photo", fontsize=11)
+    first.set_axis_off()
+    for axis, (title, values) in zip(axes, maps.items(), strict=True):
+        low, high = np.percentile(values, [1, 99])
+        shown = axis.imshow(values, cmap="magma", vmin=low, vmax=high)
+        axis.set_title(title, fontsize=11)
+        axis.set_axis_off()
+        figure.colorbar(shown, ax=axis, shrink=0.8)
+    return figure
+
+
+def line_chart(x: Sequence[float], named: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> Any:
+    """One line a name over the same `x`: a matplotlib figure."""
+    figure, (axis,) = new_figure(width=6.4)
+    for name, values in named.items():
+        axis.plot(x, values, label=name)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(frameon=False)
+    return figure

@@ -15,3 +15,21 @@ def real_data() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"RETINA_SEG_DATA={folder} is no folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic set in the Data1 layout: four training and two test photos of 96x96. Read only."""
+    from retina_seg.synthetic import write_set
+
+    return write_set(tmp_path_factory.mktemp("sets") / "tiny", 4, 2, (96, 96), seed=7, progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a one-epoch training of the original network on `tiny_set`. Read only."""
+    from retina_seg.train import TrainConfig, fit
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    fit(TrainConfig.notebook(data=str(tiny_set), output=str(folder), epochs=1, size=96), progress=False)
+    return folder
