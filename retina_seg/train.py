@@ -333,7 +333,9 @@ def _open_data(config: TrainConfig, stride: int) -> _Loaders:
         def squeezed(pairs: list[sets.Pair]) -> sets.DriveDataset | None:
             if not pairs:
                 return None
-            return sets.DriveDataset([p.image for p in pairs], [p.mask for p in pairs], size)
+            # the original's order, a sorted glob (10 before 2): with its seed it then draws the original's batches
+            pairs = sorted(pairs, key=lambda pair: pair.image.name)
+            return sets.DriveDataset([pair.image for pair in pairs], [pair.mask for pair in pairs], size)
 
         train_set, validation_set = squeezed(training), squeezed(validation)
         frame = {"kind": "squeeze", "size": list(size)}
@@ -480,9 +482,10 @@ def _run_folder(config: TrainConfig, resume: bool) -> Path:
 
 
 def _training_loader(dataset: Any, config: TrainConfig, epoch: int) -> DataLoader:
-    """Batches of one epoch, in an order that hangs on (seed, epoch) alone."""
-    if hasattr(dataset, "epoch"):
-        dataset.epoch = epoch
+    """Batches of one epoch: drawn from torch's random state as the original's are, or by (seed, epoch) alone."""
+    if config.frame == "squeeze":
+        return DataLoader(dataset, batch_size=config.batch_size, shuffle=True, num_workers=config.workers)
+    dataset.epoch = epoch
     generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     return DataLoader(dataset, batch_size=config.batch_size, sampler=order, num_workers=config.workers)
