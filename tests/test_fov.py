@@ -115,6 +115,14 @@ def test_tiny_and_thin_photos_do_not_crash(shape):
     assert find_fov(np.full((*shape, 3), 180, np.uint8)).all()
 
 
+@pytest.mark.parametrize("name", DISCS)
+def test_a_mirrored_or_turned_photo_has_the_mirrored_or_turned_field(name):
+    photo = retina(DISCS[name])
+    found = find_fov(photo)
+    for move in (lambda a: a[:, ::-1], lambda a: a[::-1], lambda a: np.rot90(a, 1), lambda a: np.rot90(a, 2)):
+        assert np.array_equal(find_fov(move(photo)), move(found))
+
+
 def test_the_photo_is_not_written_to():
     photo = retina(disc(64, 64, 28))
     before = photo.copy()
