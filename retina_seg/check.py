@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from retina_seg.data import PARTS, _photos, find_set
+from retina_seg.data import PARTS, find_set, photo_ids
 from retina_seg.images import list_pictures, natural_key, read_label, read_photo
 from retina_seg.utils import UserError
 
@@ -247,7 +247,8 @@ def _some(names: list[str]) -> str:
 
 def _photo_ids(report: SetReport, part: str, names: list[str]) -> dict[str, str]:
     try:
-        return _photos(report.root, part, names, report.root / part / "image")
+        found = photo_ids(report.root, part, names, report.root / part / "image")
+        return {name: photo for name, (photo, _) in found.items()}
     except UserError as error:
         report.problems.append(str(error))
         return {name: name for name in names}

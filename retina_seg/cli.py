@@ -49,6 +49,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from dataclasses import replace
     from pathlib import Path
 
     from retina_seg.train import PRESETS, TrainConfig, fit
@@ -57,15 +58,12 @@ def _train(options: argparse.Namespace) -> None:
         config = TrainConfig.from_json(Path(options.resume) / "config.json")
         config.output = options.resume
     else:
-        changes = {"data": options.data, **_recipe_changes(options)}
+        changes = _recipe_changes(options)
         if options.config:
-            config = TrainConfig.from_json(options.config)
-            for name, value in changes.items():
-                setattr(config, name, value)
-            config.output = options.output or config.output
+            config = replace(TrainConfig.from_json(options.config), **changes)
         else:
             preset = options.preset or "fast"
-            config = PRESETS[preset](output=options.output or f"results/{preset}", **changes)
+            config = PRESETS[preset](**{"output": f"results/{preset}", **changes})
     done = fit(config, resume=bool(options.resume))
     print(f"written to {done.folder}: checkpoint.pth (epoch {done.best}), history.csv, curves.png, config.json")
 
@@ -125,7 +123,9 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 def _recipe_changes(options: argparse.Namespace) -> dict:
+    """What the command line says of the recipe; for `run`, data and output are arguments of their own."""
     names = (
+        *(("data", "output") if options.call is _train else ()),
         "epochs",
         "batch_size",
         "learning_rate",
@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(
         commands, "train", _train, "train a network", "train --preset notebook --data Data1 --output results/notebook"
     )
-    _data(train)
+    train.add_argument("--data", help="the set's folder, or one that holds it (default: Data1; with --config, the run's)")
     train.add_argument("--output", help="the run's folder (default: results/<preset>)")
     source = train.add_mutually_exclusive_group()
     source.add_argument("--preset", choices=PRESET_NAMES, help="the recipe (default: fast)")

@@ -37,6 +37,7 @@ class Pair:
         name: the photo's file name without its ending.
         image, mask: the two files.
         photo: what stands for the photo itself: files that are variants of one photo have the same.
+        subject: whose eye it is, where the set says; splits keep a person's two eyes on one side.
         fov, mask_2nd: the field of view and the second observer's label, where the set has them.
     """
 
@@ -44,6 +45,7 @@ class Pair:
     image: Path
     mask: Path
     photo: str
+    subject: str
     fov: Path | None = None
     mask_2nd: Path | None = None
 
@@ -101,9 +103,9 @@ def list_pairs(data: str | Path, part: str) -> list[Pair]:
                 f"{lonely[0]}: has no partner {folder / kind / lonely[0].stem}.*{more}; add it or remove this"
             )
     extras = {kind: _by_name(folder / kind) if (folder / kind).is_dir() else {} for kind in ("fov", "mask_2nd")}
-    photos = _photos(root, part, list(images), folder / "image")
+    photos = photo_ids(root, part, list(images), folder / "image")
     return [
-        Pair(name, path, masks[name], photos[name], extras["fov"].get(name), extras["mask_2nd"].get(name))
+        Pair(name, path, masks[name], *photos[name], extras["fov"].get(name), extras["mask_2nd"].get(name))
         for name, path in images.items()
     ]
 
@@ -116,19 +118,26 @@ def _by_name(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in files}
 
 
-def _photos(root: Path, part: str, names: list[str], folder: Path) -> dict[str, str]:
-    """Which photo each file shows: by `photos.csv` where the set has one, else by the Kaggle set's own order."""
+def photo_ids(root: Path, part: str, names: list[str], folder: Path) -> dict[str, tuple[str, str]]:
+    """Which (photo, subject) each file shows: by `photos.csv` where the set has one, else by the Kaggle set's own order.
+
+    Raises:
+        UserError: photos.csv is no such table.
+    """
     index = root / "photos.csv"
     if index.is_file():
         try:
             with open(index, newline="", encoding="utf-8") as file:
-                rows = {(row["part"], row["name"]): row["photo"] for row in csv.DictReader(file)}
+                rows = {
+                    (row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"])
+                    for row in csv.DictReader(file)
+                }
         except (KeyError, UnicodeDecodeError, csv.Error):
             raise UserError(f"{index}: is not a table with columns part, name, photo; mend or remove it") from None
-        return {name: rows.get((part, name), name) for name in names}
+        return {name: rows.get((part, name), (name, name)) for name in names}
     if part == "train" and _in_fours(names, folder):
-        return {name: str(int(name) // 4) for name in names}
-    return {name: name for name in names}
+        return {name: (str(int(name) // 4),) * 2 for name in names}
+    return {name: (name, name) for name in names}
 
 
 def _in_fours(names: list[str], folder: Path) -> bool:
@@ -149,22 +158,23 @@ def _in_fours(names: list[str], folder: Path) -> bool:
 
 
 def split_by_photo(pairs: Sequence[Pair], validation: float | int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Share out `pairs` to (training, validation) so that all variants of one photo stay on one side.
+    """Share out `pairs` to (training, validation) so that all variants of a photo, and both eyes of a person, stay on one side.
 
     Args:
-        validation: how many photos (int) or which share of them (float in (0, 1)) to hold out.
+        validation: how many photos, or people where the set tells them apart (int), or which share of them (float in
+            (0, 1)) to hold out.
         seed: of the draw; the same photos for the same seed.
 
     Raises:
         UserError: fewer than one photo would be left on either side.
     """
-    photos = sorted({pair.photo for pair in pairs}, key=lambda name: (len(name), name))
+    photos = sorted({pair.subject for pair in pairs}, key=lambda name: (len(name), name))
     count = validation if isinstance(validation, int) else max(1, round(len(photos) * validation))
     if not 1 <= count < len(photos):
         raise UserError(f"cannot hold out {count} of {len(photos)} photos for validation: both sides need one at least")
     held_out = set(random.Random(seed).sample(photos, count))
-    training = [pair for pair in pairs if pair.photo not in held_out]
-    return training, [pair for pair in pairs if pair.photo in held_out]
+    training = [pair for pair in pairs if pair.subject not in held_out]
+    return training, [pair for pair in pairs if pair.subject in held_out]
 
 
 # -------------------------------------------------------------------------------------------------------- original's dataset

@@ -63,9 +63,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: is damaged or cut short ({type(error).__name__}: {str(error)[:80]})") from None
 
 
-def _to_8_bit(image: Image.Image, path: Path) -> Image.Image:
+def _to_8_bit(image: Image.Image, path: Path, file_format: str | None) -> Image.Image:
     """16-bit grey to 8 bits by its high byte; other deep formats are refused."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -84,7 +84,7 @@ def read_photo(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     with _opened(path) as image:
-        image = _to_8_bit(ImageOps.exif_transpose(image), path)
+        image = _to_8_bit(ImageOps.exif_transpose(image), path, image.format)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -103,7 +103,7 @@ def read_label(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     with _opened(path) as image:
-        return np.array(_to_8_bit(ImageOps.exif_transpose(image), path).convert("L"))
+        return np.array(_to_8_bit(ImageOps.exif_transpose(image), path, image.format).convert("L"))
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Symbols: tp right vessel pixels, fp invented, fn missed, tn right background. A 
 the label, no background in the region) is NaN here and null in `metrics.json`, never 0.
 
 The ranking scores (AUC, average precision) are exact for a photo. Pooled over photos they come from a histogram of the
-log-odds with bins 0.0005 wide, so that memory does not grow with the set; the error is below 1e-5.
+log-odds with bins 0.0005 wide, so that memory does not grow with the set; over whole photos the error is below 1e-5.
 
 clDice (arXiv 2003.07311) compares centre lines, by scikit-image's `skeletonize` (8-connected, Zhang and Suen): the
 harmonic mean of the share of the predicted centre line inside the label and of the label's inside the prediction.
@@ -168,7 +168,8 @@ class RankingHistogram:
         found, invented = self.rates()
         if not found[-1] or not invented[-1]:
             return math.nan
-        return float(np.trapezoid(found / found[-1], invented / invented[-1]))
+        y, x = found / found[-1], invented / invented[-1]
+        return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
 
     def average_precision(self) -> float:
         """The pooled average precision, or NaN."""

@@ -252,7 +252,7 @@ def build_model(name: str = "attention_unet", **arguments: Any) -> nn.Module:
         raise UserError(f"model {name!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
     try:
         return ARCHITECTURES[name](**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from None
 
 
@@ -270,8 +270,9 @@ def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[st
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     checkpoint = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes, "state_dict": weights}
-    with whole_file(path) as temporary:
-        torch.save(checkpoint, temporary)
+    # opened here: torch's own opening would not say why a folder cannot be written to
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -311,7 +312,10 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("state_dict")
-    model = build_model(checkpoint["model"], **checkpoint["arguments"])
+    try:
+        model = build_model(checkpoint["model"], **checkpoint["arguments"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, AttributeError) as error:

@@ -5,7 +5,8 @@ variants at 512x512. `prepare_set` does the same for every set in `SETS`, brings
 along, and writes the folder whole or not at all:
 
     {train,test}/{image,mask,fov,mask_2nd}/<name>.png      photo, label 0 … 255, field of view 0/255, second observer
-    photos.csv                                             part,name,photo,variant,source: which files show one photo
+    photos.csv                                             part,name,photo,subject,variant,source: which files show
+                                                           one photo, and one person
 
 A set is described by two functions: which files of a folder are its photos, and what belongs to each of them.
 """
@@ -59,6 +60,11 @@ class RawPhoto:
     mask: Path | None
     fov: Path | None = None
     mask_2nd: Path | None = None
+
+    @property
+    def subject(self) -> str:
+        """Whose eye it is: CHASE_DB1's Image_01L and Image_01R are one child's; elsewhere each photo is its own."""
+        return re.sub(r"(?i)^(image_\d+)[LR]$", r"\1", self.name)
 
 
 @dataclass(frozen=True)
@@ -510,8 +516,8 @@ def prepare_set(
                     file = str(4 * place + k if many else place)
                 for kind, picture in _squeezed(version, side).items():
                     write_picture(create_dir(folder / photo.part / kind) / f"{file}.png", picture)
-                rows.append((photo.part, file, photo.name, k, photo.image.name))
-        write_text(folder / "photos.csv", _table(("part", "name", "photo", "variant", "source"), rows))
+                rows.append((photo.part, file, photo.name, photo.subject, k, photo.image.name))
+        write_text(folder / "photos.csv", _table(("part", "name", "photo", "subject", "variant", "source"), rows))
     return Path(destination)
 
 

@@ -525,8 +525,8 @@ def _save_last(
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
     }
-    with whole_file(path) as temporary:
-        torch.save(value, temporary)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(value, file)
 
 
 def _restore(

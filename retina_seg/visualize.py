@@ -216,26 +216,26 @@ def gallery(
     return figure
 
 
-def heat_maps(photo: np.ndarray, maps: dict[str, np.ndarray], width: int = 260) -> Any:
-    """A photo, then maps of it in colours, each with its own scale beside it: a matplotlib figure.
+def heat_maps(picture: np.ndarray, title: str, maps: dict[str, np.ndarray], width: int = 190) -> Any:
+    """A picture, then maps of it in colours, each with its own scale beside it: a matplotlib figure.
 
     Args:
-        photo: (H, W, 3) uint8 RGB.
+        picture: (H, W, 3) uint8 RGB, and its title.
         maps: title -> (h, w) float; the scale runs over the middle 98 % of its values.
         width: of a picture on the screen, pixels.
     """
     from matplotlib.figure import Figure
 
-    size = ((len(maps) + 1) * (width + 40), width * photo.shape[0] / photo.shape[1] + 30)
+    size = ((len(maps) + 1) * (width + 40), width * picture.shape[0] / picture.shape[1] + 30)
     figure = Figure(figsize=[side / SCREEN_DPI for side in size], dpi=SCREEN_DPI, layout="constrained")
     first, *axes = figure.subplots(1, len(maps) + 1)
-    first.imshow(photo)
-    first.set_title("photo", fontsize=11)
+    first.imshow(picture)
+    first.set_title(title, fontsize=11)
     first.set_axis_off()
-    for axis, (title, values) in zip(axes, maps.items(), strict=True):
+    for axis, (name, values) in zip(axes, maps.items(), strict=True):
         low, high = np.percentile(values, [1, 99])
         shown = axis.imshow(values, cmap="magma", vmin=low, vmax=high)
-        axis.set_title(title, fontsize=11)
+        axis.set_title(name, fontsize=11)
         axis.set_axis_off()
         figure.colorbar(shown, ax=axis, shrink=0.8)
     return figure

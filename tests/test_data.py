@@ -85,6 +85,7 @@ def pair_on_disk(folder, name, photo, label, fov=None):
         folder / f"{name}.png",
         folder / f"{name}_mask.png",
         name,
+        name,
         folder / f"{name}_fov.png" if fov is not None else None,
     )
 
@@ -289,7 +290,7 @@ def test_a_table_without_its_columns_is_refused(data1, content):
 
 
 def variants(photos, each):
-    return [Pair(f"{k}_{v}", None, None, str(k)) for k in range(photos) for v in range(each)]
+    return [Pair(f"{k}_{v}", None, None, str(k), str(k)) for k in range(photos) for v in range(each)]
 
 
 def test_no_photo_is_on_both_sides_whatever_the_seed():
@@ -308,6 +309,14 @@ def test_a_count_is_of_photos_and_a_fraction_of_all_of_them(validation, photos, 
     training, rest = split_by_photo(variants(photos, 3), validation, 1)
     assert len({pair.photo for pair in rest}) == held_out
     assert (len(training), len(rest)) == (3 * (photos - held_out), 3 * held_out)
+
+
+def test_both_eyes_of_a_person_stay_on_one_side():
+    eyes = [Pair(f"{k}{eye}", None, None, f"{k}{eye}", str(k)) for k in range(14) for eye in "LR"]
+    for seed in range(50):
+        training, validation = split_by_photo(eyes, 3, seed)
+        assert len(validation) == 6
+        assert {pair.subject for pair in training}.isdisjoint(pair.subject for pair in validation)
 
 
 def test_both_sides_keep_the_order_of_the_pairs():

@@ -169,6 +169,7 @@ def test_drive_at_512_has_the_kaggle_names_and_pixels(tmp_path):
         "part": "train",
         "name": "6",
         "photo": "22_training",
+        "subject": "22_training",
         "variant": "2",
         "source": "22_training.tif",
     }
@@ -229,6 +230,12 @@ def test_native_keeps_pixels_sizes_and_names(name, tmp_path):
             if pair.fov:
                 assert np.array_equal(read_label(pair.fov), field())
     assert {row["variant"] for row in rows(root)} == {"0"}
+
+
+def test_the_two_eyes_of_a_child_are_one_subject(tmp_path):
+    root = run("chase_db1", make_chase(tmp_path / "raw"), tmp_path / "set", size="native")
+    for pair in list_pairs(root, "train"):
+        assert pair.name[-1] in "LR" and pair.subject == pair.name[:-1] != pair.photo
 
 
 def test_drive_native(tmp_path):

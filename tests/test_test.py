@@ -78,7 +78,7 @@ def set_of_one(folder, size=(48, 40), fov=None, second=None) -> Pair:
             (folder / name).mkdir(parents=True, exist_ok=True)
             write_picture(folder / name / "1.png", picture)
     paths = {name: folder / name / "1.png" for name, picture in files.items() if picture is not None}
-    return Pair("1", paths["image"], paths["mask"], "1", paths.get("fov"), paths.get("mask_2nd"))
+    return Pair("1", paths["image"], paths["mask"], "1", "1", paths.get("fov"), paths.get("mask_2nd"))
 
 
 def segmenter(size=(48, 40)) -> Segmenter:
