@@ -21,8 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.call(options) or 0
     except UserError as error:
-        message = str(error).replace("\n", "\\n")  # a file may be called anything; the message stays one line
-        print(f"retina-seg: error: {message}", file=sys.stderr)
+        print(f"retina-seg: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"retina-seg: error: {error}; the last good checkpoint is kept, lower --learning-rate", file=sys.stderr)
@@ -33,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 1
+
+
+def one_line(message: str) -> str:
+    """`message` printable on one line: a file may be called anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
@@ -92,6 +96,37 @@ def _test(options: argparse.Namespace) -> None:
     print(table(value))
     print("\n".join(original_lines(value)))
     print(f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from retina_seg.compare import compare
+
+    print("\n".join(compare(options.runs, options.output)))
+    print(f"written to {options.output}: comparison.csv, comparison.png")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from retina_seg.folder import DONE, segment_files, weights_id
+    from retina_seg.predict import Segmenter, find_checkpoint
+
+    path = find_checkpoint(options.weights)
+    choices = {
+        "threshold": options.threshold,
+        "working_size": options.working_size,
+        "flips": options.flips,
+    }
+    segmenter = Segmenter.load(path, device=options.device, precision=options.precision, **choices)
+    changed = [f"{name}={value}" for name, value in choices.items() if value]
+    weights = " ".join([weights_id(path), *changed])
+    rows = segment_files(segmenter, options.photos, options.output, options.overwrite, weights)
+    failed = [row for row in rows if row["status"] != DONE]
+    for row in failed:
+        print("retina-seg: " + one_line(f"{row['input']}: {row['status']}"), file=sys.stderr)
+    skipped = sum(row["skipped"] for row in rows)
+    print(
+        f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {options.output}"
+    )
+    return 1 if failed else 0
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -166,7 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(
         commands, "train", _train, "train a network", "train --preset notebook --data Data1 --output results/notebook"
     )
-    train.add_argument("--data", help="the set's folder, or one that holds it (default: Data1; with --config, the run's)")
+    train.add_argument(
+        "--data", help="the set's folder, or one that holds it (default: Data1; with --config, the run's)"
+    )
     train.add_argument("--output", help="the run's folder (default: results/<preset>)")
     source = train.add_mutually_exclusive_group()
     source.add_argument("--preset", choices=PRESET_NAMES, help="the recipe (default: fast)")
@@ -196,6 +233,35 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "auto"),
         default="float32",
         help="arithmetic; float32 gives the same scores everywhere (default: %(default)s)",
+    )
+
+    predict = _command(
+        commands, "predict", _predict, "segment photos of any size", "predict photos/ eye.jpg --output vessels"
+    )
+    predict.add_argument(
+        "photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="photo files, or folders with all below them"
+    )
+    predict.add_argument("--output", required=True, help="folder for the pictures and summary.csv")
+    predict.add_argument("--weights", required=True, help="a checkpoint file, a run's folder, or weights that ship")
+    predict.add_argument("--overwrite", action="store_true", help="segment again what is done (default: skip it)")
+    predict.add_argument("--threshold", type=float, help="cut at this probability (default: the checkpoint's)")
+    predict.add_argument(
+        "--working-size", type=int, help="diameter the field of view is brought to (default: as trained)"
+    )
+    predict.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")
+    predict.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    predict.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="arithmetic (default: %(default)s)"
+    )
+
+    compare = _command(
+        commands, "compare", _compare, "hold tested runs against each other", "compare results/notebook results/fast"
+    )
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders with a metrics.json; the first is the reference"
+    )
+    compare.add_argument(
+        "--output", default="results/comparison", help="folder for table and picture (default: %(default)s)"
     )
 
     prepare = _command(

@@ -162,6 +162,28 @@ def ranking_curves(rankings: dict[str, Any]) -> Any:
     return figure
 
 
+def comparison(titles: Sequence[str], values: Sequence[dict[str, Any]]) -> Any:
+    """F1 of each run, photo by photo and as mean with its 95 % interval, in both regions: a matplotlib figure.
+
+    Args:
+        titles: the runs' names. values: what their metrics.json hold.
+    """
+    figure, axes = new_figure(2, width=1.5 + 1.1 * len(titles), height=4.2)
+    for axis, region, heading in zip(axes, ("frame", "fov"), ("whole frame", "field of view"), strict=True):
+        for place, value in enumerate(values):
+            scores = np.array([image[region]["f1"] for image in value["images"]], float)
+            # spread sideways by rank, so that no dot hides another
+            offsets = np.linspace(-0.2, 0.2, len(scores))[np.argsort(np.argsort(scores))]
+            axis.plot(place + offsets, scores, "o", ms=3.5, alpha=0.55, color=f"C{place}")
+            mean, interval = value[region]["mean"]["f1"], value[region]["ci95"]["f1"]
+            if mean is not None and None not in interval:
+                error = [[mean - interval[0]], [interval[1] - mean]]
+                axis.errorbar(place, mean, error, fmt="s", color="black", ms=5, capsize=5)
+        axis.set_xticks(range(len(titles)), titles, rotation=20, ha="right")
+        axis.set(ylabel="F1", title=heading, xlim=(-0.6, len(titles) - 0.4))
+    return figure
+
+
 def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
     """Write `curves` to `path`."""
     save_figure(path, curves(history, best))
