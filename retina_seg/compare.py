@@ -13,8 +13,6 @@ from retina_seg import visualize
 from retina_seg.metrics import SCORES, bootstrap
 from retina_seg.utils import UserError, create_dir, read_json, write_text
 
-REGIONS = ("frame", "fov")
-
 
 def read_metrics(run: str | Path) -> dict[str, Any]:
     """What `metrics.json` of the folder `run` (or the file itself) holds.
@@ -71,7 +69,7 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     shown = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
     width = max(len(title) for title in titles)
     lines = []
-    for region, heading in zip(REGIONS, ("whole frame", "field of view"), strict=True):
+    for region, heading in visualize.REGION_NAMES.items():
         lines.append(
             f"{heading + ', mean over photos':<{max(width, 30) + 10}}" + "".join(f"{name:>11}" for name in shown)
         )
@@ -94,7 +92,7 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "protocol", "region", "statistic", *SCORES])
     for title, value in zip(titles, values, strict=True):
-        for region in REGIONS:
+        for region in visualize.REGION_NAMES:
             for statistic in ("mean", "std", "pooled"):
                 scores = [value[region][statistic].get(name) for name in SCORES]
                 row = ["" if score is None else f"{score:.6f}" for score in scores]

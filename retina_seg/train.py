@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from retina_seg import data as sets
 from retina_seg import loss as losses
-from retina_seg.model import build_model, count_parameters, save_model
+from retina_seg.metrics import best_threshold
+from retina_seg.model import build_model, count_parameters, load_model, save_model
 from retina_seg.utils import (
     UserError,
     autocast,
@@ -71,6 +72,8 @@ class TrainConfig:
             "none".
         held_out: how many training photos are held out.
         keep: "best": the weights of the epoch with the lowest validation loss (the original's); "last".
+        threshold: "fixed": 0.5; "validation": the one with the best mean F1 on the held-out training photos, stored with
+            the checkpoint. There is no choosing on test photos.
         precision, device, workers: how it is computed; "auto" takes what this machine is good at.
     """
 
@@ -96,6 +99,7 @@ class TrainConfig:
     validation: str = "photos"
     held_out: int = 4
     keep: str = "best"
+    threshold: str = "fixed"
     precision: str = "auto"
     device: str = "auto"
     workers: int = 0
@@ -150,6 +154,7 @@ class TrainConfig:
             "loss": tuple(LOSSES),
             "validation": ("test", "photos", "none"),
             "keep": ("best", "last"),
+            "threshold": ("fixed", "validation"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -163,6 +168,8 @@ class TrainConfig:
             raise UserError(f"--workers {self.workers}, ema {self.ema}: workers from 0 on, ema in [0, 1)")
         if self.keep == "best" and self.validation == "none":
             raise UserError("--keep best needs validation photos; choose --validation photos, or --keep last")
+        if self.threshold == "validation" and self.validation != "photos":
+            raise UserError("--threshold validation needs held-out training photos; add --validation photos")
         unknown = sorted(set(self.augmentation) - {item.name for item in dataclasses.fields(sets.Augmentation)})
         if unknown:
             raise UserError(f"augmentation {', '.join(unknown)}: unknown; data.Augmentation lists what there is")
@@ -446,13 +453,29 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True) -> Run
             write_history(folder / "history.csv", state["history"])
             if progress:
                 tqdm.write(epoch_line(row, better))
+    checkpoint = folder / "checkpoint.pth"
+    chosen, _ = load_model(checkpoint)
+    if config.threshold == "validation":
+        chosen = chosen.to(device, memory_format=torch.channels_last)
+        notes |= {"threshold": choose_threshold(chosen, opened.validation, device), "threshold_from": "validation"}
+        save_model(checkpoint, chosen, config.model, config.model_arguments, epoch=state["best"], **notes)
     # drawing is the last room's work and heavy to import: a machine without a display or matplotlib still trains
     from retina_seg.visualize import save_curves
 
     save_curves(folder / "curves.png", state["history"], best=state["best"])
-    from retina_seg.model import load_model
+    return Run(folder, state["history"], state["best"], chosen.cpu())
 
-    return Run(folder, state["history"], state["best"], load_model(folder / "checkpoint.pth")[0])
+
+@torch.inference_mode()
+def choose_threshold(model: nn.Module, photos: Any, device: torch.device) -> float:
+    """The threshold with the highest mean F1 over `photos`, a data set of (photo, mask) pairs as `fit` validates on."""
+    labels, probabilities = [], []
+    model.eval()
+    for photo, mask in DataLoader(photos):
+        photo, mask = _to_device(photo, mask, model, device)
+        probabilities.append(torch.sigmoid(model(photo)).flatten().cpu().numpy())
+        labels.append((mask > 0.5).flatten().cpu().numpy())
+    return best_threshold(labels, probabilities)
 
 
 def epoch_line(row: dict[str, float], kept: bool) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from retina_seg.utils import whole_file
 
+REGION_NAMES = {"frame": "whole frame", "fov": "field of view"}
 RIGHT, MISSED, INVENTED = (0, 170, 80), (40, 110, 255), (235, 50, 50)
 
 
@@ -147,11 +148,13 @@ def ranking_curves(rankings: dict[str, Any]) -> Any:
         # a few hundred points draw the same line as 65,537
         keep = np.unique(np.linspace(0, len(found) - 1, 2000).astype(int))
         tp, fp = found[keep], invented[keep]
-        axes[0].plot(fp / fp[-1], tp / tp[-1], label=f"{region}, AUC {ranking.auc():.4f}")
+        axes[0].plot(fp / fp[-1], tp / tp[-1], label=f"{REGION_NAMES[region]}, AUC {ranking.auc():.4f}")
         called = np.maximum(tp + fp, 1)
         shown = tp > 0
         score = ranking.average_precision()
-        axes[1].plot((tp / tp[-1])[shown], (tp / called)[shown], label=f"{region}, average precision {score:.4f}")
+        axes[1].plot(
+            (tp / tp[-1])[shown], (tp / called)[shown], label=f"{REGION_NAMES[region]}, average precision {score:.4f}"
+        )
     axes[0].set(xlabel="false positive rate", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), title="ROC, pixels pooled")
     axes[1].set(
         xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), title="precision and recall, pixels pooled"
@@ -169,7 +172,7 @@ def comparison(titles: Sequence[str], values: Sequence[dict[str, Any]]) -> Any:
         titles: the runs' names. values: what their metrics.json hold.
     """
     figure, axes = new_figure(2, width=1.5 + 1.1 * len(titles), height=4.2)
-    for axis, region, heading in zip(axes, ("frame", "fov"), ("whole frame", "field of view"), strict=True):
+    for axis, region, heading in zip(axes, *zip(*REGION_NAMES.items(), strict=True), strict=True):
         for place, value in enumerate(values):
             scores = np.array([image[region]["f1"] for image in value["images"]], float)
             # spread sideways by rank, so that no dot hides another

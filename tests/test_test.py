@@ -164,3 +164,25 @@ def test_undefined_scores_are_null_not_zero(tiny_run, tmp_path):
 def test_an_unknown_protocol_is_refused(tiny_set):
     with pytest.raises(UserError, match="--protocol best"):
         score_pairs(segmenter(), list_pairs(tiny_set, "test"), "best")
+
+
+@pytest.mark.real
+def test_the_second_observer_of_drive_scores_as_measured_elsewhere(real_data):
+    root = real_data / "DRIVE/test"
+    pairs = [
+        Pair(
+            f"{i:02d}",
+            root / f"images/{i:02d}_test.tif",
+            root / f"1st_manual/{i:02d}_manual1.gif",
+            f"{i:02d}",
+            f"{i:02d}",
+            root / f"mask/{i:02d}_test_mask.gif",
+            root / f"2nd_manual/{i:02d}_manual2.gif",
+        )
+        for i in range(1, 21)
+    ]
+    scores = score_pairs(segmenter((64, 64)), pairs, "native", progress=False)["second_observer"]["fov"]
+    # the published measurement: means over photos, Matthews' correlation over pooled pixels
+    assert scores["mean"]["f1"] == pytest.approx(0.7881, abs=5e-5)
+    assert scores["mean"]["accuracy"] == pytest.approx(0.9473, abs=5e-5)
+    assert scores["pooled"]["mcc"] == pytest.approx(0.7591, abs=5e-5)

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torch import nn
 
 from retina_seg import train as training
+from retina_seg.data import WholePhotos
 from retina_seg.loss import DiceBCELoss
 from retina_seg.model import load_checkpoint
 from retina_seg.train import TrainConfig, WeightAverage, evaluate, fit, learning_rate_share, split_set, train
@@ -142,6 +144,20 @@ def test_the_averaged_weights_are_the_ones_kept(tiny_set, tmp_path):
     assert not same_weights(weights_of(tmp_path), last["model"])
 
 
+def test_the_threshold_is_chosen_on_held_out_photos_and_stored(tiny_set, tmp_path):
+    config = tiny(tiny_set, tmp_path, validation="photos", held_out=1, threshold="validation", epochs=1)
+    run = fit(config, progress=False)
+    notes = load_checkpoint(tmp_path / "checkpoint.pth")
+    assert notes["threshold_from"] == "validation"
+    pair = split_set(config)[1][0]
+    photo, label = (x[None] for x in WholePhotos([pair], notes["frame"]["fov_diameter"], 8)[0])
+    with torch.no_grad():
+        probability = torch.sigmoid(run.model(photo)).numpy().ravel()
+    truth = label.numpy().ravel() > 0.5
+    f1 = [f1_score(truth, probability > t / 100, zero_division=0) for t in range(1, 100)]
+    assert notes["threshold"] == pytest.approx((1 + f1.index(max(f1))) / 100)
+
+
 def test_one_seed_one_result_and_another_seed_another(tiny_set, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fit(tiny(tiny_set, tmp_path / name, seed=seed), progress=False)
@@ -201,6 +217,8 @@ def test_variants_of_one_photo_stay_on_one_side_of_the_kaggle_set(real_data):
         ({"loss": "hinge"}, "--loss hinge"),
         ({"frame": "oval"}, "--frame oval"),
         ({"keep": "best", "validation": "none"}, "--keep best"),
+        ({"threshold": "validation", "validation": "none"}, "--threshold validation"),
+        ({"threshold": "validation", "validation": "test"}, "--threshold validation"),
         ({"augmentation": {"twirl": 1}}, "twirl"),
         ({"model": "resnet"}, "resnet"),
         ({"model_arguments": {"colour": 1}}, "colour"),
