@@ -401,7 +401,7 @@ class TrainingPhotos(Dataset):
 class WholePhotos(Dataset):
     """Whole photos at the training scale, for validation: (3, H, W) float32 BGR in [0, 1], label (1, H, W) float32.
 
-    Cropped to the field of view and padded with black to multiples of `stride`.
+    Cropped to the field of view and padded with black: `stride` pixels all around, then to multiples of `stride`.
     """
 
     def __init__(self, pairs: Sequence[Pair], diameter: float, stride: int) -> None:
@@ -415,7 +415,7 @@ class WholePhotos(Dataset):
         photo, label, fov = self.photos[index]
         top, left, bottom, right = fov_box(fov)
         photo, label = photo[top:bottom, left:right], label[top:bottom, left:right]
-        pad = [(0, -side % self.stride) for side in label.shape]
+        pad = [(self.stride, self.stride + -side % self.stride) for side in label.shape]
         photo, label = np.pad(photo, [*pad, (0, 0)]), np.pad(label, pad)
         return to_tensor(photo), torch.from_numpy(label).unsqueeze(0).float() / 255
 

@@ -183,16 +183,18 @@ class Segmenter:
         """The probability (H, W) float32 for (H, W, 3) uint8 of any size, padded with black to the network's stride."""
         height, width = photo.shape[:2]
         stride = self.model.stride
+        # the field of view was cut out to its rim: give the rim its dark surround back, as it was trained
+        margin = 0 if self.frame["kind"] == "squeeze" else 2 * stride
         # two strides at least: the deepest level needs more than one pixel
-        padded = [max(2 * stride, math.ceil(side / stride) * stride) for side in (height, width)]
+        padded = [max(2 * stride, math.ceil((side + 2 * margin) / stride) * stride) for side in (height, width)]
         canvas = np.zeros((*padded, 3), np.uint8)
-        canvas[:height, :width] = photo
+        canvas[margin : margin + height, margin : margin + width] = photo
         halo = getattr(self.model, "receptive_field", None)
         if halo is None or max(padded) <= self.tile:
             result = self._forward(canvas)
         else:
             result = tiled(self._forward, canvas, self.tile, math.ceil(halo / stride) * stride, stride)
-        return result[:height, :width]
+        return result[margin : margin + height, margin : margin + width]
 
     @torch.inference_mode()
     def _forward(self, photo: np.ndarray) -> np.ndarray:

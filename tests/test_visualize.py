@@ -172,9 +172,10 @@ def test_ranking_curves_draw_a_line_a_region_with_its_scores(tmp_path):
     ranking.add(label, np.clip(0.4 * label + 0.6 * rng.random(5000), 0, 1))
     figure = ranking_curves({"fov": ranking, "frame": ranking, "no vessel": RankingHistogram()})
     roc, precision_recall = figure.axes
-    assert list(drawn_lines(roc)) == [f"{region}, AUC {ranking.auc():.4f}" for region in ("fov", "frame")]
+    regions = ("field of view", "whole frame")
+    assert list(drawn_lines(roc)) == [f"{region}, AUC {ranking.auc():.4f}" for region in regions]
     score = ranking.average_precision()
-    assert list(drawn_lines(precision_recall)) == [f"{r}, average precision {score:.4f}" for r in ("fov", "frame")]
+    assert list(drawn_lines(precision_recall)) == [f"{r}, average precision {score:.4f}" for r in regions]
     for axis in (roc, precision_recall):
         for line in axis.get_lines():
             assert all(value.min() >= 0 and value.max() <= 1 for value in line.get_data())
