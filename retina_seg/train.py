@@ -126,7 +126,6 @@ class TrainConfig:
             "ema": 0.999,
             "clip": 1.0,
             "validation": "none",
-            "held_out": 0,
             "keep": "last",
         }
         return cls(**{**recipe, **changes})
