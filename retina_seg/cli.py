@@ -73,22 +73,20 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _test(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from retina_seg.test import original_lines, table, test
+    from retina_seg.test import default_output, original_lines, table, test
     from retina_seg.utils import UserError
 
-    output = options.output
-    if output is None:
-        if not options.run:
-            raise UserError("--output is needed with --checkpoint: the folder for the scores and pictures")
-        output = Path(options.run) if options.protocol == "notebook" else Path(options.run) / options.protocol
+    if not options.run and (options.output is None or options.part == "validation"):
+        missing = "--output" if options.output is None else "--run"
+        raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out photos")
+    output = options.output or default_output(options.run, options.protocol, options.part)
     value = test(
         options.run or options.checkpoint,
         options.data,
         output,
         options.protocol,
         options.threshold,
+        options.part,
         device=options.device,
         precision=options.precision,
         flips=options.flips,
@@ -218,12 +216,20 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--run", help="the folder of a training")
     which.add_argument("--checkpoint", help="a checkpoint file, the original's too, or the name of weights that ship")
     _data(test)
-    test.add_argument("--output", help="folder for scores and pictures (default: the run's folder; in it, native/)")
+    test.add_argument(
+        "--output", help="folder for scores and pictures (default: the run's; in it native/, validation/)"
+    )
     test.add_argument(
         "--protocol",
         choices=("notebook", "native"),
         default="notebook",
         help="512x512 and threshold 0.5 as the original, or the photos' own size (default: %(default)s)",
+    )
+    test.add_argument(
+        "--part",
+        choices=("test", "validation"),
+        default="test",
+        help="the set's test photos, or the training photos that the run held out (default: %(default)s)",
     )
     test.add_argument("--threshold", type=float, help="cut at this probability (default: the protocol's)")
     test.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")

@@ -84,6 +84,8 @@ class Segmenter:
         self.precision = choose_precision(precision, self.device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         self.frame = dict(frame or NOTEBOOK_FRAME)
+        if not 0 < threshold < 1:
+            raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
         self.threshold, self.flips, self.tile = threshold, flips, tile
         if working_size is not None:
             if working_size < 32:

@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from retina_seg import metrics, visualize
 from retina_seg.data import Pair, list_pairs, load_fov, load_pair, read_mask
 from retina_seg.images import write_picture
-from retina_seg.model import count_parameters
-from retina_seg.predict import Segmenter
-from retina_seg.utils import UserError, create_dir, environment, write_json, write_text
+from retina_seg.model import count_parameters, load_checkpoint
+from retina_seg.predict import Segmenter, find_checkpoint
+from retina_seg.utils import UserError, create_dir, environment, read_json, write_json, write_text
 from retina_seg.visualize import mask_parse  # the original's name, importable from here
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
@@ -95,6 +95,8 @@ def score_pairs(
         raise UserError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
     if threshold is None:
         threshold = 0.5 if protocol == "notebook" else segmenter.threshold
+    if not 0 < threshold < 1:
+        raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
     regions = ("frame", "fov")
     totals = {region: metrics.SetScores() for region in regions}
     seconds_totals = {region: metrics.SetScores() for region in regions}
@@ -145,7 +147,6 @@ def test(
     protocol: str = "notebook",
     threshold: float | None = None,
     part: str = "test",
-    pairs: Sequence[Pair] | None = None,
     progress: bool = True,
     pictures: bool = True,
     **options: Any,
@@ -158,34 +159,32 @@ def test(
     Args:
         checkpoint: as `Segmenter.load` takes it. options: as `Segmenter` takes them; precision float32 unless given,
             so that scores are the same on every machine.
-        pairs: score these instead of `part` (validation photos, say).
+        part: "test", or "validation": the training photos that the run `checkpoint` held out.
 
     Returns:
         What metrics.json holds.
 
     Raises:
-        UserError: as `Segmenter.load`, `list_pairs` and `score_pairs`.
+        UserError: as `Segmenter.load`, `list_pairs` and `score_pairs`; `output` holds the scores of other photos or
+            another protocol; the run held out no photos.
     """
-    from retina_seg.model import load_checkpoint
-    from retina_seg.predict import find_checkpoint
-
     path = find_checkpoint(checkpoint)
     segmenter = Segmenter.load(path, **{"precision": "float32", **options})
     notes = {key: value for key, value in load_checkpoint(path).items() if key != "state_dict"}
-    pairs = list_pairs(data, part) if pairs is None else pairs
+    pairs = list_pairs(data, part) if part != "validation" else held_out_pairs(checkpoint, data)
+    what = {"name": protocol, "data": str(data), "part": part}
+    _refuse_other_scores(Path(output) / "metrics.json", what)
     output = create_dir(output)
     result = score_pairs(segmenter, pairs, protocol, threshold, output / "images" if pictures else None, progress)
     given = threshold is not None
     default_from = "fixed" if protocol == "notebook" else notes.get("threshold_from", "fixed")
     value = {
         "protocol": {
-            "name": protocol,
+            **what,
             "size": "512x512" if protocol == "notebook" else "native",
             "threshold": result["threshold"],
             "threshold_from": "given" if given else default_from,
             "selected_on": notes.get("selected_on", "unknown"),
-            "data": str(data),
-            "part": part,
             "photos": len(pairs),
             "flips": segmenter.flips,
         },
@@ -210,6 +209,40 @@ def test(
         write_picture(output / "contact_sheet.png", visualize.contact_sheet([p for _, _, p in worst_first], captions))
         visualize.save_figure(output / "curves_test.png", visualize.ranking_curves(result["curves"]))
     return value
+
+
+def default_output(run: str | Path, protocol: str, part: str) -> Path:
+    """The folder for the scores of `run`: its own for the original's protocol on test photos, else one inside it."""
+    below = [name for name, usual in ((part, "test"), (protocol, "notebook")) if name != usual]
+    return Path(run, "-".join(below))
+
+
+def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
+    """The training photos at `data` that the training in the folder `run` held out.
+
+    Raises:
+        UserError: `run` is no such folder, or held out none, or `data` lacks one of them.
+    """
+    config = read_json(Path(run) / "config.json")
+    names, recipe = config.get("validation"), config.get("recipe") or {}
+    pairs = {pair.name: pair for pair in list_pairs(data, "train")}
+    if not names or recipe.get("validation") != "photos":
+        raise UserError(f"{run}: held out no training photos; train with --validation photos")
+    if missing := [name for name in names if name not in pairs]:
+        raise UserError(
+            f"{data}: has no training photo {missing[0]}, which {run} held out; give the set it was trained on"
+        )
+    return [pairs[name] for name in names]
+
+
+def _refuse_other_scores(path: Path, what: dict[str, str]) -> None:
+    """Scores of the same photos and protocol may be taken anew; others are not lost by it."""
+    if not path.exists():
+        return
+    there = read_json(path).get("protocol")
+    if not isinstance(there, dict) or any(there.get(key) != value for key, value in what.items()):
+        held = f"{there.get('name')} on {there.get('data')}" if isinstance(there, dict) else "something else"
+        raise UserError(f"{path}: holds other scores ({held}); choose another --output")
 
 
 def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:

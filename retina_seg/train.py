@@ -281,7 +281,7 @@ def _mean(values: list[Tensor]) -> float:
 
 
 class WeightAverage:
-    """The exponential moving average of a network's weights and buffers: a copy that follows it (arXiv 1803.05407).
+    """The exponential moving average of a network's weights and buffers: a copy that follows it (arXiv 1703.01780).
 
     Over the first steps the decay is lower, (1 + step) / (10 + step), so that the start is forgotten.
     """

@@ -98,9 +98,26 @@ def test_train_then_test_then_resume_as_in_the_readme(tiny_set, tmp_path, capsys
     native = json.loads((run / "native/metrics.json").read_text())
     assert native["protocol"]["size"] == "native"
     assert json.loads((run / "metrics.json").read_text())["protocol"]["size"] == "512x512"
+    # other photos' scores do not take their place
+    other = write_set(tmp_path / "other", 1, 1, (64, 64), seed=9, progress=False)
+    assert call("test", "--run", run, "--data", other) == 2
+    assert "holds other scores" in capsys.readouterr().err
+    assert call("test", "--run", run, "--data", tiny_set, "--part", "validation") == 2
+    assert "held out no training photos" in capsys.readouterr().err
     assert call("train", "--resume", run) == 0  # nothing is left to do, and that is no mistake
     assert call("train", "--config", run / "config.json", "--output", tmp_path / "again", *sizes) == 0
     assert (tmp_path / "again/history.csv").is_file()
+
+
+def test_held_out_photos_are_scored_by_name(tiny_set, tmp_path):
+    sizes = ("--epochs", 1, "--size", 32, "--precision", "float32", "--validation", "photos", "--held-out", 2)
+    assert call("train", "--preset", "quick", "--data", tiny_set, "--output", tmp_path / "run", *sizes) == 0
+    arguments = ("test", "--run", tmp_path / "run", "--data", tiny_set, "--part", "validation", "--protocol", "native")
+    assert call(*arguments) == 0
+    value = json.loads((tmp_path / "run/validation-native/metrics.json").read_text())
+    held_out = json.loads((tmp_path / "run/config.json").read_text())["validation"]
+    assert [image["name"] for image in value["images"]] == held_out and len(held_out) == 2
+    assert call(*arguments[:5], "--part", "validation", "--threshold", "1.5") == 2
 
 
 def test_synth_then_check(tmp_path, capsys):
