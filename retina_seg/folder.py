@@ -130,10 +130,12 @@ def _segment(segmenter: Segmenter, path: Path, target: Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(("width", "height", "fov_diameter", "vessel_share", "seconds"), "")
     try:
         photo = read_photo(path)
+        fov = find_fov(photo)
+        probability = segmenter(photo, fov)
     except UserError as error:
         return {**row, "status": str(error).removeprefix(f"{path}: ")}
-    fov = find_fov(photo)
-    probability = segmenter(photo, fov)
+    except (MemoryError, RuntimeError) as error:  # a photo too large for this machine is no reason to stop
+        return {**row, "status": f"could not be segmented here ({type(error).__name__}: {str(error)[:80]})"}
     vessels = probability > segmenter.threshold
     # a picture of the folder is whole or not there; a disk that is full or locked ends the work: it would fail for all
     write_picture(target.with_name(f"{target.name}_probability.png"), to_16_bit(probability))
@@ -166,6 +168,8 @@ def _is_done(row: dict[str, Any], path: Path, output: Path) -> bool:
 
 def _free_name(stem: str, names: set[str], output: Path, sources: set[Path]) -> str:
     """`stem`, or the first of stem-2, stem-3, … that no photo of this folder has and whose files would replace nothing."""
+    # file systems take 255 bytes: leave room for what comes behind
+    stem = os.fsdecode(os.fsencode(stem)[:200]) if len(os.fsencode(stem)) > 200 else stem
     name, number = stem, 1
     while name.casefold() in names or any(
         (output / f"{name}_{kind}.png").exists() or (output / f"{name}_{kind}.png").resolve() in sources
@@ -201,5 +205,4 @@ def write_summary(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: natural_key(row["name"])))
-    # a file name may hold bytes that are no UTF-8
     write_text(path, text.getvalue())

@@ -159,9 +159,9 @@ def without_nan(value: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, whole or not at all."""
+    """Write `text` (UTF-8) to `path`, whole or not at all; file names in it that are no UTF-8 keep their bytes."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -158,6 +158,33 @@ def test_links_odd_names_and_repeated_inputs(segmenter, photos, tmp_path):
     assert sum(row["skipped"] for row in again) == 7
 
 
+def test_names_as_long_as_they_may_be_or_without_an_encoding(segmenter, tmp_path):
+    place = tmp_path / "photos"
+    place.mkdir()
+    write_picture(place / "eye.png", draw_photo(1, 64, 64).photo)
+    content = (place / "eye.png").read_bytes()
+    for name in (b"a" * 251 + b".png", b"a" * 250 + b"b.png", b"caf\xe9.png"):
+        with open(os.path.join(os.fsencode(place), name), "wb") as file:
+            file.write(content)
+    rows = run(segmenter, [place], tmp_path / "out")
+    assert [row["status"] for row in rows] == [DONE] * 4 and len({row["name"] for row in rows}) == 4
+    assert all(row["skipped"] for row in run(segmenter, [place], tmp_path / "out"))
+
+
+def test_a_photo_too_large_for_the_machine_does_not_stop_the_rest(segmenter, photos, tmp_path, monkeypatch):
+    real = folder.find_fov
+
+    def full_at_the_tif(photo):
+        if photo.shape == (64, 64, 3):
+            raise MemoryError("no room")
+        return real(photo)
+
+    write_picture(photos / "aa.png", draw_photo(1, 64, 64).photo)
+    monkeypatch.setattr(folder, "find_fov", full_at_the_tif)
+    rows = {row["name"]: row["status"] for row in run(segmenter, [photos], tmp_path / "out")}
+    assert "no room" in rows.pop("aa") and set(rows.values()) == {DONE}
+
+
 def test_photos_are_upright(segmenter, tmp_path):
     photo = Image.fromarray(draw_photo(1, 64, 96).photo)
     exif = photo.getexif()

@@ -151,9 +151,8 @@ def test_is_committed_as_it_ran(name):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     shown = [output.get("text") or output["data"].get("text/plain", "") for output in outputs]
     told = json.dumps([text for text in shown if text])
-    assert not [
-        word for word in ("/home/", "/root/", "/tmp/", "/work/", "/Users/", "C:\\\\", "Warning") if word in told
-    ]
+    assert "Warning" not in told
+    assert not re.findall(r"(?<![\w.])/[a-z]\w+/|[A-Z]:\\", told)  # where somebody's files lie says nothing to others
     assert "real photos" not in told  # photos of people are not ours to publish
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
