@@ -248,7 +248,11 @@ def build_parser() -> argparse.ArgumentParser:
         "photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="photo files, or folders with all below them"
     )
     predict.add_argument("--output", required=True, help="folder for the pictures and summary.csv")
-    predict.add_argument("--weights", required=True, help="a checkpoint file, a run's folder, or weights that ship")
+    predict.add_argument(
+        "--weights",
+        default="drive",
+        help="weights that ship, a checkpoint file, or a run's folder (default: %(default)s)",
+    )
     predict.add_argument("--overwrite", action="store_true", help="segment again what is done (default: skip it)")
     predict.add_argument("--threshold", type=float, help="cut at this probability (default: the checkpoint's)")
     predict.add_argument(

@@ -1,0 +1,60 @@
+"""The weights that ship: whole, small, described, and giving the scores that their card and the tables state."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retina_seg import cli
+from retina_seg.data import list_pairs
+from retina_seg.metrics import count, f1
+from retina_seg.model import count_parameters
+from retina_seg.predict import WEIGHTS, Segmenter, shipped_weights
+from retina_seg.synthetic import draw_photo
+from retina_seg.test import score_pairs
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def test_there_are_weights():
+    assert "drive" in shipped_weights()
+
+
+@pytest.mark.parametrize("name", shipped_weights())
+def test_weights_are_the_ones_their_card_describes(name):
+    content = (WEIGHTS / f"{name}.pth").read_bytes()
+    card = (WEIGHTS / f"{name}.md").read_text()
+    assert len(content) <= 3_000_000
+    assert re.search(r"SHA-256: `(\w+)`", card)[1] == hashlib.sha256(content).hexdigest()
+    assert "not a medical device" in card
+    assert f"{count_parameters(Segmenter.load(name).model):,} parameters" in card
+
+
+@pytest.mark.parametrize("name", shipped_weights())
+def test_weights_find_the_vessels_of_a_photo_they_have_never_seen(name):
+    drawn = draw_photo(77, 584, 565)
+    segmenter = Segmenter.load(name, precision="float32")
+    assert f1(count(drawn.mask > 0, segmenter.vessels(drawn.photo), drawn.fov > 0)) > 0.6
+    # and none where nothing is seen
+    assert not segmenter.vessels(np.zeros((300, 300, 3), np.uint8)).any()
+
+
+def test_predict_needs_no_weights_named(tmp_path):
+    from retina_seg.images import write_picture
+
+    write_picture(tmp_path / "eye.png", draw_photo(3, 200, 210).photo)
+    assert cli.main(["predict", str(tmp_path / "eye.png"), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/eye_vessels.png").is_file()
+
+
+@pytest.mark.real
+def test_drive_weights_give_the_committed_scores(real_data):
+    stated = json.loads((RESULTS / "fast/metrics.json").read_text())
+    segmenter = Segmenter.load("drive", precision="float32")
+    scores = score_pairs(segmenter, list_pairs(real_data / "Data1", "test"), "notebook", progress=False)
+    for region in ("frame", "fov"):
+        for name in ("f1", "auc", "accuracy", "mcc"):
+            assert scores[region]["mean"][name] == pytest.approx(stated[region]["mean"][name], abs=5e-5)
