@@ -339,7 +339,7 @@ def _open_data(config: TrainConfig, stride: int) -> _Loaders:
         def squeezed(pairs: list[sets.Pair]) -> sets.DriveDataset | None:
             if not pairs:
                 return None
-            # the original's order, a sorted glob (10 before 2): with its seed it then draws the original's batches
+            # the original's order, a sorted glob (10 before 2): with its seed and torch's shuffle, its batches too
             pairs = sorted(pairs, key=lambda pair: pair.image.name)
             return sets.DriveDataset([pair.image for pair in pairs], [pair.mask for pair in pairs], size)
 
