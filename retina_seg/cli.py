@@ -166,6 +166,8 @@ def _recipe_changes(options: argparse.Namespace) -> dict:
         "size",
         "validation",
         "held_out",
+        "split_seed",
+        "fold",
         "precision",
         "device",
         "workers",
@@ -200,7 +202,10 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "train", _train, "train a network", "train --preset notebook --data Data1 --output results/notebook"
     )
     train.add_argument(
-        "--data", help="the set's folder, or one that holds it (default: Data1; with --config, the run's)"
+        "--data",
+        nargs="+",
+        action=_OneOrMore,
+        help="the set's folder, or one that holds it; several are trained on together (default: Data1; with --config, the run's)",
     )
     train.add_argument("--output", help="the run's folder (default: results/<preset>)")
     source = train.add_mutually_exclusive_group()
@@ -320,13 +325,23 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--validation",
-        choices=("test", "photos", "none"),
-        help="what validates: the test part as in the original, held-out photos, nothing (default: notebook test, else none)",
+        choices=("test", "photos", "files", "none"),
+        help="what validates: the test part as in the original, held-out photos, held-out files (variants of one photo on "
+        "both sides, to show the leak), nothing (default: notebook test, else none)",
     )
-    group.add_argument("--held-out", type=int, help="photos held out by --validation photos (default: 4)")
+    group.add_argument("--held-out", type=int, help="photos (or files) held out for validation (default: 4)")
+    group.add_argument("--split-seed", type=int, help="of the draw that holds photos out (default: 42)")
+    group.add_argument("--fold", type=int, help="hold out this lot of that draw, from 0 on (default: 0)")
     group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="arithmetic (default: auto)")
     group.add_argument("--device", help="cpu, cuda, … (default: auto)")
     group.add_argument("--workers", type=int, help="processes that load photos (default: 0)")
+
+
+class _OneOrMore(argparse.Action):
+    """A list of several values, the value itself where there is one."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def _size(text: str) -> str:

@@ -10,7 +10,7 @@ import csv
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -110,6 +110,32 @@ def list_pairs(data: str | Path, part: str) -> list[Pair]:
     ]
 
 
+def list_training_pairs(data: str | Path | Sequence[str | Path], part: str) -> list[Pair]:
+    """`list_pairs` of one set, or of several together: then names, photos and subjects carry their set's folder name.
+
+    Raises:
+        UserError: as `list_pairs`; two of the sets' folders have one name.
+    """
+    if isinstance(data, (str, Path)):
+        return list_pairs(data, part)
+    if len(data) == 1:
+        return list_pairs(data[0], part)
+    roots = [find_set(one) for one in data]
+    twice = [name for name, count in Counter(root.name for root in roots).items() if count > 1]
+    if not roots or twice:
+        raise UserError(f"--data: several sets need folders of different names, got {', '.join(map(str, roots))}")
+    return [
+        replace(
+            pair,
+            name=f"{root.name}/{pair.name}",
+            photo=f"{root.name}/{pair.photo}",
+            subject=f"{root.name}/{pair.subject}",
+        )
+        for root in roots
+        for pair in list_pairs(root, part)
+    ]
+
+
 def _by_name(folder: Path) -> dict[str, Path]:
     files = list_pictures(folder)
     twice = [name for name, count in Counter(path.stem for path in files).items() if count > 1]
@@ -157,24 +183,44 @@ def _in_fours(names: list[str], folder: Path) -> bool:
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
-def split_by_photo(pairs: Sequence[Pair], validation: float | int, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_by_photo(
+    pairs: Sequence[Pair], validation: float | int, seed: int, fold: int = 0
+) -> tuple[list[Pair], list[Pair]]:
     """Share out `pairs` to (training, validation) so that all variants of a photo, and both eyes of a person, stay on one side.
 
     Args:
         validation: how many photos, or people where the set tells them apart (int), or which share of them (float in
             (0, 1)) to hold out.
-        seed: of the draw; the same photos for the same seed.
+        seed: of the order they are drawn in; the same photos for the same seed.
+        fold: holds out the `fold`-th lot of that order, from 0 on, for cross-validation: lots do not overlap.
 
     Raises:
-        UserError: fewer than one photo would be left on either side.
+        UserError: fewer than one photo would be left on either side, or there are not so many whole lots.
     """
     photos = sorted({pair.subject for pair in pairs}, key=lambda name: (len(name), name))
     count = validation if isinstance(validation, int) else max(1, round(len(photos) * validation))
     if not 1 <= count < len(photos):
         raise UserError(f"cannot hold out {count} of {len(photos)} photos for validation: both sides need one at least")
-    held_out = set(random.Random(seed).sample(photos, count))
+    if not 0 <= fold < len(photos) // count:
+        raise UserError(f"fold {fold}: {len(photos)} photos make folds 0 to {len(photos) // count - 1} of {count}")
+    order = random.Random(seed).sample(photos, len(photos))
+    held_out = set(order[fold * count : (fold + 1) * count])
     training = [pair for pair in pairs if pair.subject not in held_out]
     return training, [pair for pair in pairs if pair.subject in held_out]
+
+
+def split_by_file(pairs: Sequence[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Share out `pairs` to (training, validation) with `count` files drawn at random, whatever they show.
+
+    Where files are variants of one photo this leaks: it is here to show how much, not for use.
+
+    Raises:
+        UserError: fewer than one file would be left on either side.
+    """
+    if not 1 <= count < len(pairs):
+        raise UserError(f"cannot hold out {count} of {len(pairs)} files for validation: both sides need one at least")
+    held_out = {pair.name for pair in random.Random(seed).sample(list(pairs), count)}
+    return [pair for pair in pairs if pair.name not in held_out], [pair for pair in pairs if pair.name in held_out]
 
 
 # -------------------------------------------------------------------------------------------------------- original's dataset
@@ -259,6 +305,8 @@ class Augmentation:
         grey: largest share of colour taken away.
         shade: spread of the logarithm of a smooth uneven illumination.
         blur, noise: largest Gaussian blur (pixels) and noise (share of full scale); both in half of the draws.
+        resample: largest share of pixels a side lost to a coarser camera or a resized file, each side on its own, by
+            bilinear interpolation there and back; in half of the draws.
         exact: share of draws that are only turned by quarters and mirrored: pixels no interpolation has touched.
     """
 
@@ -275,6 +323,7 @@ class Augmentation:
     shade: float = 0.15
     blur: float = 0.8
     noise: float = 0.03
+    resample: float = 0.0
     exact: float = 0.25
 
 
@@ -333,6 +382,9 @@ def augment_geometry(
 def augment_colour(photo: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:
     """Another camera's light and colours on (H, W, 3) float32 in [0, 1]; black stays black. The same shape and range."""
     side = photo.shape[:2][::-1]
+    if how.resample and rng.random() < 0.5:  # first: the camera's pixels come before anyone's colours
+        fewer = [max(1, round(length * (1 - rng.uniform(0, how.resample)))) for length in side]
+        photo = cv2.resize(cv2.resize(photo, fewer), side, interpolation=cv2.INTER_CUBIC).clip(0, 1)
     grey = photo.mean(axis=2, keepdims=True)
     photo = photo + rng.uniform(0, how.grey) * (grey - photo)
     photo = photo ** np.float32(np.exp(rng.normal(0, how.gamma)))

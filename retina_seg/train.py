@@ -54,7 +54,7 @@ class TrainConfig:
 
     Attributes:
         preset: the recipe's name, for tables.
-        data, output: the set's folder and the run's folder.
+        data, output: the set's folder (or several, trained on together) and the run's folder.
         model, model_arguments: what `model.build_model` takes.
         frame: "squeeze": photos as they are, squeezed to `size` where they are not of that size (the original's);
             "fov": brought to one scale by their field of view, in augmented windows of side `size`.
@@ -69,8 +69,10 @@ class TrainConfig:
         ema: decay of the averaged weights that are kept and validated; 0 for none.
         clip: largest norm of the gradient; 0 for no clipping.
         validation: "test": the test part (the original's, its known leak); "photos": held-out training photos;
-            "none".
-        held_out: how many training photos are held out.
+            "none"; "files": held-out training files, variants of one photo on both sides, to show what such a leak
+            claims ("squeeze" only).
+        held_out: how many training photos (people, files) are held out.
+        split_seed, fold: of the draw that holds them out, and which lot of that draw: 0, 1, … for cross-validation.
         keep: "best": the weights of the epoch with the lowest validation loss (the original's); "last".
         threshold: "fixed": 0.5; "validation": the one with the best mean F1 on the held-out training photos, stored with
             the checkpoint. There is no choosing on test photos.
@@ -78,7 +80,7 @@ class TrainConfig:
     """
 
     preset: str = "custom"
-    data: str = "Data1"
+    data: str | list[str] = "Data1"
     output: str = "results/run"
     model: str = "attention_unet"
     model_arguments: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +100,8 @@ class TrainConfig:
     clip: float = 0.0
     validation: str = "photos"
     held_out: int = 4
+    split_seed: int = 42
+    fold: int = 0
     keep: str = "best"
     threshold: str = "fixed"
     precision: str = "auto"
@@ -151,7 +155,7 @@ class TrainConfig:
         choices = {
             "frame": ("squeeze", "fov"),
             "loss": tuple(LOSSES),
-            "validation": ("test", "photos", "none"),
+            "validation": ("test", "photos", "files", "none"),
             "keep": ("best", "last"),
             "threshold": ("fixed", "validation"),
         }
@@ -165,6 +169,8 @@ class TrainConfig:
             raise UserError(f"--learning-rate {self.learning_rate}: must be above 0")
         if self.workers < 0 or not 0 <= self.ema < 1:
             raise UserError(f"--workers {self.workers}, ema {self.ema}: workers from 0 on, ema in [0, 1)")
+        if self.validation == "files" and self.frame != "squeeze":
+            raise UserError('--validation files needs a recipe that trains on files as they are; choose frame "squeeze"')
         if self.keep == "best" and self.validation == "none":
             raise UserError("--keep best needs validation photos; choose --validation photos, or --keep last")
         if self.threshold == "validation" and self.validation != "photos":
@@ -323,11 +329,13 @@ class _Loaders:
 
 
 def split_set(config: TrainConfig) -> tuple[list[sets.Pair], list[sets.Pair]]:
-    """The (training, validation) pairs of `config`: by its seed, by photo, or the original's test part."""
-    pairs = sets.list_pairs(config.data, "train")
+    """The (training, validation) pairs of `config`: by its split seed and fold, or the original's test part."""
+    pairs = sets.list_training_pairs(config.data, "train")
     if config.validation == "photos":
-        return sets.split_by_photo(pairs, config.held_out, config.seed)
-    return pairs, sets.list_pairs(config.data, "test") if config.validation == "test" else []
+        return sets.split_by_photo(pairs, config.held_out, config.split_seed, config.fold)
+    if config.validation == "files":
+        return sets.split_by_file(pairs, config.held_out, config.split_seed)
+    return pairs, sets.list_training_pairs(config.data, "test") if config.validation == "test" else []
 
 
 def _open_data(config: TrainConfig, stride: int) -> _Loaders:
@@ -410,7 +418,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True) -> Run
     loss_fn = LOSSES[config.loss]
     kept = average.model if average else model
     notes = {"frame": opened.frame, "threshold": 0.5, "threshold_from": "fixed", "trained_on": opened.training_names}
-    notes["selected_on"] = {"test": "test", "photos": "validation", "none": "nothing"}[config.validation]
+    notes["selected_on"] = {"test": "test", "none": "nothing"}.get(config.validation, "validation")
     if config.keep == "last":
         notes["selected_on"] = "nothing"
 
