@@ -1,7 +1,7 @@
 """The command `retina-seg`: parse, call, print. The work is done in the modules it calls; they are imported when needed.
 
 Exit status: 0 done; 1 the work found something wrong (`check`); 2 a mistake that its user can mend; 130 stopped by
-Ctrl-C.
+Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ PRESET_NAMES = ("notebook", "fast", "quick")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (None: the process's own) and return its exit status."""
     options = build_parser().parse_args(arguments)
+    try:
+        return _call(options)
+    except KeyboardInterrupt as stop:  # in an import too, which takes seconds
+        print(f"retina-seg: {one_line(str(stop)) or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", 2)
+
+
+def _call(options: argparse.Namespace) -> int:
     from retina_seg.utils import UserError
 
     try:
@@ -24,11 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"retina-seg: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"retina-seg: error: {error}; the last good checkpoint is kept, lower --learning-rate", file=sys.stderr)
+        print(f"retina-seg: error: {one_line(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("retina-seg: stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 1
@@ -57,10 +62,21 @@ def _train(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from retina_seg.train import PRESETS, TrainConfig, fit
+    from retina_seg.utils import UserError
 
     if options.resume:
         config = TrainConfig.from_json(Path(options.resume) / "config.json")
         config.output = options.resume
+        # how it is computed may change with the machine, what is computed may not
+        changes = _recipe_changes(options)
+        for name in ("device", "workers"):
+            if name in changes:
+                setattr(config, name, changes.pop(name))
+        if changes:
+            given = ", ".join("--" + name.replace("_", "-") for name in changes)
+            raise UserError(
+                f"--resume goes on with the run's own recipe; leave out {given}, or train anew with --config"
+            )
     else:
         changes = _recipe_changes(options)
         if options.config:
@@ -205,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         action=_OneOrMore,
-        help="the set's folder, or one that holds it; several are trained on together (default: Data1; with --config, the run's)",
+        help="the set's folder, or one that holds it; several are trained on together (default: Data1, with --config its own)",
     )
     train.add_argument("--output", help="the run's folder (default: results/<preset>)")
     source = train.add_mutually_exclusive_group()

@@ -245,6 +245,28 @@ def read_mask(path: str | Path) -> np.ndarray:
     return label * 255 if label.max() == 1 else label
 
 
+def label_remarks(pairs: Sequence[Pair]) -> list[str]:
+    """A line for every kind of odd label among `pairs`: stored as 0/1, or without any vessel.
+
+    Raises:
+        UserError: a label cannot be read.
+    """
+    odd: dict[str, list[Path]] = {"0/1": [], "black": []}
+    for pair in pairs:
+        highest = int(read_label(pair.mask).max())
+        if highest <= 1:
+            odd["0/1" if highest else "black"].append(pair.mask)
+    said = {
+        "0/1": "holds 0 and 1 instead of 0 and 255: 1 is taken as vessel",
+        "black": "warning: the label is all black, so nothing in its photo counts as vessel; look at it",
+    }
+    return [
+        f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {said[kind]}"
+        for kind, files in odd.items()
+        if files
+    ]
+
+
 def to_tensor(photo: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 RGB -> (3, H, W) float32 BGR in [0, 1]: what the networks are fed (the original's channel order)."""
     return torch.from_numpy(np.ascontiguousarray(photo[:, :, ::-1].transpose(2, 0, 1))).float() / 255
@@ -280,6 +302,10 @@ class DriveDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images_path)
+
+    def photo_name(self, index: int) -> str:
+        """The name of the photo that item `index` shows."""
+        return Path(self.images_path[index]).stem
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         photo, label = load_pair(self.images_path[index], self.masks_path[index])
@@ -436,11 +462,16 @@ class TrainingPhotos(Dataset):
         loaded = [load_with_fov(pair) for pair in pairs]
         self.diameter = diameter or float(np.median([fov_diameter(fov) for _, _, fov in loaded]))
         self.photos = [to_scale(*item, self.diameter) for item in loaded]
+        self.names = [pair.name for pair in pairs]
         self.crop, self.repeats, self.how, self.seed = crop, repeats, how or Augmentation(), seed
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.photos) * self.repeats
+
+    def photo_name(self, index: int) -> str:
+        """The name of the photo that item `index` shows a window of."""
+        return self.names[index % len(self.photos)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, self.epoch, index])

@@ -11,25 +11,30 @@ import copy
 import csv
 import dataclasses
 import io
+import itertools
 import math
+import shlex
+import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from retina_seg import data as sets
 from retina_seg import loss as losses
 from retina_seg.metrics import best_threshold
 from retina_seg.model import build_model, count_parameters, load_model, save_model
+from retina_seg.resume import LAST, PREVIOUS, StopSignals, TrainingStopped, load_last, remove_leftovers, save_last
 from retina_seg.utils import (
     UserError,
     autocast,
+    available_memory,
     choose_device,
     choose_precision,
     create_dir,
@@ -37,7 +42,6 @@ from retina_seg.utils import (
     epoch_time,
     read_json,
     seeding,
-    whole_file,
     write_json,
     write_text,
 )
@@ -76,6 +80,7 @@ class TrainConfig:
         keep: "best": the weights of the epoch with the lowest validation loss (the original's); "last".
         threshold: "fixed": 0.5; "validation": the one with the best mean F1 on the held-out training photos, stored with
             the checkpoint. There is no choosing on test photos.
+        save_every: steps between two writings of last.pth, besides one at every epoch's end: what a sudden end can cost.
         precision, device, workers: how it is computed; "auto" takes what this machine is good at.
     """
 
@@ -104,6 +109,7 @@ class TrainConfig:
     fold: int = 0
     keep: str = "best"
     threshold: str = "fixed"
+    save_every: int = 200
     precision: str = "auto"
     device: str = "auto"
     workers: int = 0
@@ -162,7 +168,7 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "repeats", "size"):
+        for name in ("epochs", "batch_size", "repeats", "size", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a whole number from 1 on")
         if not self.learning_rate > 0:
@@ -170,7 +176,9 @@ class TrainConfig:
         if self.workers < 0 or not 0 <= self.ema < 1:
             raise UserError(f"--workers {self.workers}, ema {self.ema}: workers from 0 on, ema in [0, 1)")
         if self.validation == "files" and self.frame != "squeeze":
-            raise UserError('--validation files needs a recipe that trains on files as they are; choose frame "squeeze"')
+            raise UserError(
+                '--validation files needs a recipe that trains on files as they are; choose frame "squeeze"'
+            )
         if self.keep == "best" and self.validation == "none":
             raise UserError("--keep best needs validation photos; choose --validation photos, or --keep last")
         if self.threshold == "validation" and self.validation != "photos":
@@ -186,6 +194,22 @@ PRESETS = {"notebook": TrainConfig.notebook, "fast": TrainConfig.fast, "quick": 
 # -------------------------------------------------------------------------------------------------- one pass over a loader
 
 
+class NotFinite(FloatingPointError):
+    """The loss or a gradient is not a finite number.
+
+    Attributes:
+        batch: which batch of the pass, from 0 on.
+        what: "loss" or "gradient".
+    """
+
+    def __init__(self, batch: int, what: str) -> None:
+        super().__init__(f"the {what} is not a finite number at step {batch + 1} of this pass")
+        self.batch, self.what = batch, what
+
+
+GPU_CHECK = 25  # steps between two looks at a GPU's losses: each look makes it wait
+
+
 def train(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -194,7 +218,8 @@ def train(
     device: torch.device | str,
     precision: torch.dtype = torch.float32,
     clip: float = 0.0,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[list[Tensor]], None] | None = None,
+    before: Sequence[Tensor] = (),
 ) -> float:
     """One pass of training over `loader`, as in the original.
 
@@ -203,34 +228,54 @@ def train(
         loss_fn: of (logits, masks), both (N, 1, H, W).
         precision: bfloat16 runs the network under autocast; the loss is always float32.
         clip: largest norm of the gradient, 0 for none.
-        after_step: called after every step (schedule, averaging).
+        after_step: called after every step with the losses of the pass so far (schedule, averaging, saving).
+        before: the losses of the batches that this pass has seen already, where it goes on in the middle; the loader
+            then starts behind them.
 
     Returns:
         The mean loss over batches.
 
     Raises:
         ValueError: the loader is empty.
-        FloatingPointError: the loss is not finite; the weights are those before the step.
+        NotFinite: the loss or a gradient is not finite. On a processor the weights are those before the step; on a GPU,
+            which is asked every 25 steps only, they are spoilt.
     """
     device = torch.device(device)
     model.train()
-    losses_seen = []
+    losses_seen, norms = list(before), []
+    checked = len(losses_seen)
     for photos, masks in loader:
         photos, masks = _to_device(photos, masks, model, device)
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, precision):
             logits = model(photos)
         loss = loss_fn(logits, masks)
-        if device.type == "cpu" and not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {len(losses_seen) + 1} of this pass")
         loss.backward()
+        # no .item() here: it would make a GPU wait at every step
+        losses_seen.append(loss.detach())
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norms.append(norm)
+        if device.type == "cpu" or len(norms) == GPU_CHECK:
+            _check_finite(losses_seen[checked:], norms, checked)
+            checked, norms = len(losses_seen), []
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
         optimizer.step()
-        losses_seen.append(loss.detach())  # no .item() here: it would make a GPU wait at every step
         if after_step:
-            after_step()
+            after_step(losses_seen)
+    _check_finite(losses_seen[checked:], norms, checked)
     return _mean(losses_seen)
+
+
+def _check_finite(losses_seen: Sequence[Tensor], norms: Sequence[Tensor], first: int) -> None:
+    """Raises NotFinite for the first of these batches, counted from `first` on, with a loss or gradient norm that is none."""
+    if not norms:
+        return
+    for what, values in (("loss", losses_seen), ("gradient", norms)):
+        bad = (~torch.isfinite(torch.stack([value.float() for value in values]))).nonzero()
+        if len(bad):
+            raise NotFinite(first + int(bad[0]), what)
 
 
 def evaluate(
@@ -326,6 +371,7 @@ class _Loaders:
     training_names: list[str]
     validation_names: list[str]
     frame: dict[str, Any]
+    remarks: list[str]
 
 
 def split_set(config: TrainConfig) -> tuple[list[sets.Pair], list[sets.Pair]]:
@@ -340,6 +386,7 @@ def split_set(config: TrainConfig) -> tuple[list[sets.Pair], list[sets.Pair]]:
 
 def _open_data(config: TrainConfig, stride: int) -> _Loaders:
     training, validation = split_set(config)
+    remarks = sets.label_remarks([*training, *validation])
     if config.frame == "squeeze":
         side = max(stride, round(config.size / stride) * stride)
         size = (side, side)
@@ -364,7 +411,7 @@ def _open_data(config: TrainConfig, stride: int) -> _Loaders:
         validation_set = sets.WholePhotos(validation, train_set.diameter, stride) if validation else None
         frame = {"kind": "fov", "fov_diameter": train_set.diameter}
     names = [sorted({pair.name for pair in pairs}, key=lambda n: (len(n), n)) for pairs in (training, validation)]
-    return _Loaders(train_set, validation_set, *names, frame)
+    return _Loaders(train_set, validation_set, *names, frame, remarks)
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
@@ -390,13 +437,18 @@ class Run:
 def fit(config: TrainConfig, resume: bool = False, progress: bool = True) -> Run:
     """Train by `config` and write its run folder: config.json, history.csv, curves.png, checkpoint.pth, last.pth.
 
+    SIGINT and SIGTERM end it behind the step at hand, saved.
+
     Args:
-        resume: go on with the run in `config.output` after its last whole epoch.
+        resume: go on with the run in `config.output` where it stopped, in the middle of an epoch too; its weights end
+            equal to those of a run that never stopped, to the bit on one kind of processor.
         progress: show a progress bar, and a line an epoch as the original does.
 
     Raises:
         UserError: a value of `config` that cannot be, data that cannot be read, a folder that may not be written to,
-            or one that already holds a run while `resume` is off.
+            or one that already holds a run while `resume` is off; too little memory or disk.
+        NotFinite: the loss or a gradient is not finite; the message names the photos and what is kept.
+        resume.TrainingStopped: by a signal.
     """
     config.check()
     device = choose_device(config.device)
@@ -405,72 +457,256 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True) -> Run
     model = build_model(config.model, **config.model_arguments)
     opened = _open_data(config, model.stride)
     folder = _run_folder(config, resume)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer_class = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-    optimizer = optimizer_class(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    average = WeightAverage(model, config.ema) if config.ema else None
-    state = {"epoch": 0, "step": 0, "best": 0, "best_loss": math.inf, "history": []}
+    _check_room(config, model, device, folder)
+    for line in opened.remarks:
+        tqdm.write(line)
+    loop = _Loop(config, opened, model, device, precision, folder)
     if resume:
-        _restore(folder / "last.pth", state, model, average, optimizer)
+        loop.take_up()
     else:
         write_json(folder / "config.json", _describe(config, opened, model, device, precision))
-    steps = config.epochs * math.ceil(len(opened.training) / config.batch_size)
-    loss_fn = LOSSES[config.loss]
-    kept = average.model if average else model
-    notes = {"frame": opened.frame, "threshold": 0.5, "threshold_from": "fixed", "trained_on": opened.training_names}
-    notes["selected_on"] = {"test": "test", "none": "nothing"}.get(config.validation, "validation")
-    if config.keep == "last":
-        notes["selected_on"] = "nothing"
-
-    bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not progress, desc="training")
-    with contextlib.closing(bar):
-
-        def set_rate() -> None:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * learning_rate_share(state["step"], steps, config.warmup)
-
-        def after_step() -> None:
-            state["step"] += 1
-            if average:
-                average.update(model, state["step"])
-            set_rate()
-            bar.update()
-
-        for epoch in range(state["epoch"], config.epochs):
-            start = time.time()
-            set_rate()
-            rate = optimizer.param_groups[0]["lr"]
-            loader = _training_loader(opened.training, config, epoch)
-            train_loss = train(model, loader, optimizer, loss_fn, device, precision, config.clip, after_step)
-            row = {"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": math.nan, "validation_f1": math.nan}
-            if opened.validation:
-                batch = config.batch_size if config.frame == "squeeze" else 1
-                whole = DataLoader(opened.validation, batch_size=batch)
-                row["validation_loss"], row["validation_f1"] = evaluate_with_f1(kept, whole, loss_fn, device, precision)
-            row |= {"learning_rate": rate, "seconds": time.time() - start}
-            state["history"].append(row)
-            state["epoch"] = epoch + 1
-            better = config.keep == "last" or row["validation_loss"] < state["best_loss"]
-            if better:
-                state["best"], state["best_loss"] = epoch + 1, row["validation_loss"]
-                save_model(
-                    folder / "checkpoint.pth", kept, config.model, config.model_arguments, epoch=epoch + 1, **notes
-                )
-            _save_last(folder / "last.pth", state, model, average, optimizer)
-            write_history(folder / "history.csv", state["history"])
+    bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
+    with contextlib.closing(bar), StopSignals() as signals:
+        for _ in range(loop.state["epoch"], config.epochs):
+            row, better = loop.epoch(signals, bar)
             if progress:
                 tqdm.write(epoch_line(row, better))
-    checkpoint = folder / "checkpoint.pth"
-    chosen, _ = load_model(checkpoint)
-    if config.threshold == "validation":
-        chosen = chosen.to(device, memory_format=torch.channels_last)
-        notes |= {"threshold": choose_threshold(chosen, opened.validation, device), "threshold_from": "validation"}
-        save_model(checkpoint, chosen, config.model, config.model_arguments, epoch=state["best"], **notes)
-    # drawing is the last room's work and heavy to import: a machine without a display or matplotlib still trains
-    from retina_seg.visualize import save_curves
+            if signals.received and loop.state["epoch"] < config.epochs:
+                loop.stopped(signals.received)
+    return loop.finish()
 
-    save_curves(folder / "curves.png", state["history"], best=state["best"])
-    return Run(folder, state["history"], state["best"], chosen.cpu())
+
+class _Loop:
+    """The state of one training, and what an epoch does to it. All of it is in last.pth."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        opened: _Loaders,
+        model: nn.Module,
+        device: torch.device,
+        precision: torch.dtype,
+        folder: Path,
+    ) -> None:
+        self.config, self.opened, self.device, self.precision, self.folder = config, opened, device, precision, folder
+        self.model = model.to(device, memory_format=torch.channels_last)
+        optimizer_class = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        self.optimizer = optimizer_class(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.kept = self.average.model if self.average else self.model
+        self.loss_fn = LOSSES[config.loss]
+        self.steps_an_epoch = math.ceil(len(opened.training) / config.batch_size)
+        self.steps = config.epochs * self.steps_an_epoch
+        # losses and seconds: of the epoch under way; random: of torch, at its start
+        self.state = {
+            "epoch": 0,
+            "step": 0,
+            "best": 0,
+            "best_loss": math.inf,
+            "history": [],
+            "losses": [],
+            "seconds": 0.0,
+        }
+        self.random_at_start: Tensor | None = None
+        self.notes = {
+            "frame": opened.frame,
+            "threshold": 0.5,
+            "threshold_from": "fixed",
+            "trained_on": opened.training_names,
+            "selected_on": "nothing"
+            if config.keep == "last"
+            else {"test": "test", "none": "nothing"}.get(config.validation, "validation"),
+        }
+
+    def epoch(self, signals: StopSignals, bar: tqdm) -> tuple[dict[str, float], bool]:
+        """Train, validate and save one epoch, or what is left of it. Returns its row, and whether its weights were kept."""
+        config, state = self.config, self.state
+        start = time.time() - state["seconds"]
+        before = [torch.tensor(value, device=self.device) for value in state["losses"]]
+        if not before:
+            self.random_at_start = torch.get_rng_state()
+        self._set_rate()
+        batches = _Batches(self.opened.training, config, state["epoch"], skip=len(before))
+        loader = _started_again(batches, self.random_at_start) if before else batches.loader
+
+        def after_step(losses_seen: list[Tensor]) -> None:
+            state["step"] += 1
+            if self.average:
+                self.average.update(self.model, state["step"])
+            self._set_rate()
+            bar.update()
+            if len(losses_seen) == self.steps_an_epoch:
+                return  # the epoch's end saves
+            if signals.received or state["step"] % config.save_every == 0:
+                state["losses"], state["seconds"] = torch.stack(losses_seen).tolist(), time.time() - start
+                self.save()
+                if signals.received:
+                    self.stopped(signals.received)
+
+        try:
+            train_loss = train(
+                self.model,
+                loader,
+                self.optimizer,
+                self.loss_fn,
+                self.device,
+                self.precision,
+                config.clip,
+                after_step,
+                before,
+            )
+        except NotFinite as error:
+            raise self._named(error, batches) from None
+        row = {"epoch": state["epoch"] + 1, "train_loss": train_loss}
+        row |= {"validation_loss": math.nan, "validation_f1": math.nan}
+        if self.opened.validation:
+            whole = DataLoader(self.opened.validation, batch_size=config.batch_size if config.frame == "squeeze" else 1)
+            row["validation_loss"], row["validation_f1"] = evaluate_with_f1(
+                self.kept, whole, self.loss_fn, self.device, self.precision
+            )
+        rate = config.learning_rate * learning_rate_share(
+            state["epoch"] * self.steps_an_epoch, self.steps, config.warmup
+        )
+        row |= {"learning_rate": rate, "seconds": time.time() - start}
+        state["history"].append(row)
+        state["epoch"] += 1
+        state["losses"], state["seconds"] = [], 0.0
+        better = config.keep == "last" or row["validation_loss"] < state["best_loss"]
+        if better:
+            state["best"], state["best_loss"] = state["epoch"], row["validation_loss"]
+            self._save_kept(epoch=state["epoch"])
+        self.save()
+        write_history(self.folder / "history.csv", state["history"])
+        return row, better
+
+    def _set_rate(self) -> None:
+        share = learning_rate_share(self.state["step"], self.steps, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * share
+
+    def _named(self, error: NotFinite, batches: _Batches) -> NotFinite:
+        names = ", ".join(batches.names(error.batch))
+        what = self.folder / (LAST if (self.folder / LAST).exists() else "config.json")
+        error.args = (
+            f"the {error.what} is not a finite number at step {error.batch + 1} of epoch {self.state['epoch'] + 1}, "
+            f"with photos {names}; {what} is from before it: look at these photos and their masks "
+            "(retina-seg check), or train anew with a lower --learning-rate",
+        )
+        return error
+
+    def _save_kept(self, **notes: Any) -> None:
+        path = self.folder / "checkpoint.pth"
+        save_model(path, self.kept, self.config.model, self.config.model_arguments, **notes, **self.notes)
+
+    def save(self) -> None:
+        """Write last.pth."""
+        random_states = {"start": self.random_at_start, "now": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
+        value = {
+            "state": self.state,
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_states,
+        }
+        save_last(self.folder, value)
+
+    def take_up(self) -> None:
+        """Go back to where the run in the folder stopped."""
+        remove_leftovers(self.folder)
+        value, damaged = load_last(self.folder)
+        for line in damaged:
+            tqdm.write(f"{line}; going on from the one before")
+        if value is None:
+            tqdm.write(f"{self.folder}: nothing was saved yet; starting at the first step")
+            return
+        try:
+            self.model.load_state_dict(value["model"])
+            if self.average:
+                self.average.model.load_state_dict(value["average"])
+            self.optimizer.load_state_dict(value["optimizer"])
+            self.state.update(value["state"])
+            self.random_at_start = value["random"]["start"]
+            torch.set_rng_state(value["random"]["now"])
+            if "cuda" in value["random"] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(value["random"]["cuda"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder / LAST}: is not of this recipe, or of another version of the package "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:80]}); train anew with another --output"
+            ) from None
+
+    def stopped(self, number: int) -> None:
+        """Raises TrainingStopped."""
+        message = (
+            f"stopped at step {self.state['step']} of {self.steps}, saved; "
+            f"go on with: retina-seg train --resume {shlex.quote(str(self.folder))}"
+        )
+        raise TrainingStopped(message, number)
+
+    def finish(self) -> Run:
+        """Choose the threshold where the recipe says so, draw the curves."""
+        checkpoint = self.folder / "checkpoint.pth"
+        chosen, _ = load_model(checkpoint)
+        if self.config.threshold == "validation":
+            chosen = chosen.to(self.device, memory_format=torch.channels_last)
+            threshold = choose_threshold(chosen, self.opened.validation, self.device)
+            self.notes |= {"threshold": threshold, "threshold_from": "validation"}
+            self.kept = chosen
+            self._save_kept(epoch=self.state["best"])
+        # drawing is the last room's work and heavy to import: a machine without a display or matplotlib still trains
+        from retina_seg.visualize import save_curves
+
+        save_curves(self.folder / "curves.png", self.state["history"], best=self.state["best"])
+        return Run(self.folder, self.state["history"], self.state["best"], chosen.cpu())
+
+
+class _Batches:
+    """The batches of one epoch: drawn from torch's random state as the original's are, or by (seed, epoch) alone.
+
+    Args:
+        skip: how many batches, at the beginning, not to load.
+
+    Attributes:
+        loader: gives the batches.
+    """
+
+    def __init__(self, dataset: Any, config: TrainConfig, epoch: int, skip: int = 0) -> None:
+        self.dataset = dataset
+        if config.frame == "squeeze":
+            sampler: Iterable[int] = RandomSampler(dataset)
+        else:
+            dataset.epoch = epoch
+            generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+            sampler = torch.randperm(len(dataset), generator=generator).tolist()
+        self.drawn: list[list[int]] = []
+        self._sampler = BatchSampler(sampler, config.batch_size, drop_last=False)
+        self._skip = skip
+        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=config.workers)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._sampler:
+            self.drawn.append(batch)
+            if len(self.drawn) > self._skip:
+                yield batch
+
+    def __len__(self) -> int:
+        return len(self._sampler) - self._skip
+
+    def names(self, batch: int) -> list[str]:
+        """The names of the photos in a batch, counted from the epoch's start."""
+        return [self.dataset.photo_name(index) for index in self.drawn[batch]]
+
+
+def _started_again(batches: _Batches, random_at_start: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches behind those skipped, in the order drawn at the epoch's start; torch's random state ends as it was."""
+    now = torch.get_rng_state()
+    torch.set_rng_state(random_at_start)
+    iterator = iter(batches.loader)
+    first = next(iterator)  # the order is drawn with the first batch
+    torch.set_rng_state(now)
+    return itertools.chain([first], iterator)
 
 
 @torch.inference_mode()
@@ -497,9 +733,9 @@ def epoch_line(row: dict[str, float], kept: bool) -> str:
 
 def _run_folder(config: TrainConfig, resume: bool) -> Path:
     folder = create_dir(config.output)
-    there = [name for name in ("last.pth", "checkpoint.pth") if (folder / name).exists()]
-    if resume and "last.pth" not in there:
-        raise UserError(f"{folder}: holds no last.pth to go on from; train without --resume")
+    there = [name for name in (LAST, PREVIOUS, "checkpoint.pth") if (folder / name).exists()]
+    if resume and not there and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds no {LAST} to go on from; train without --resume")
     if there and not resume:
         raise UserError(f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it")
     probe = folder / ".write-test"
@@ -511,14 +747,45 @@ def _run_folder(config: TrainConfig, resume: bool) -> Path:
     return folder
 
 
-def _training_loader(dataset: Any, config: TrainConfig, epoch: int) -> DataLoader:
-    """Batches of one epoch: drawn from torch's random state as the original's are, or by (seed, epoch) alone."""
-    if config.frame == "squeeze":
-        return DataLoader(dataset, batch_size=config.batch_size, shuffle=True, num_workers=config.workers)
-    dataset.epoch = epoch
-    generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    return DataLoader(dataset, batch_size=config.batch_size, sampler=order, num_workers=config.workers)
+def training_memory(model: nn.Module, batch_size: int, size: int) -> int:
+    """Bytes that a training step on (batch_size, 3, size, size) float32 needs beyond the weights: an estimate.
+
+    What autograd keeps of a small forward pass, scaled up by the pixels, and a third more for gradients and work space.
+    """
+    side = 8 * model.stride
+    small = copy.deepcopy(model).train()
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    photos = torch.zeros(1, 3, side, side).to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = small(photos)
+    weights = {value.untyped_storage().data_ptr() for value in small.state_dict().values()}
+    of_pixels = sum(size for pointer, size in kept.items() if pointer not in weights)
+    del logits
+    return round(of_pixels * batch_size * (size / side) ** 2 * 4 / 3)
+
+
+def _check_room(config: TrainConfig, model: nn.Module, device: torch.device, folder: Path) -> None:
+    """Raises UserError where memory or disk cannot hold this training, before hours are spent on it."""
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    # two states of network, average and optimizer, one being written, the kept weights, and what else is written
+    needed, free = 3 * 4 * weights + weights + 2**24, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: the disk has {free / 2**20:.0f} MB left, this training writes up to {needed / 2**20:.0f} MB; "
+            "make room or choose another --output"
+        )
+    needed, free = training_memory(model, config.batch_size, config.size) + 4 * weights, available_memory(device)
+    if free is not None and free < needed:
+        raise UserError(
+            f"--batch-size {config.batch_size}, --size {config.size}: a training step needs about {needed / 2**30:.1f} GB "
+            f"of memory, {free / 2**30:.1f} GB are free; lower either"
+        )
 
 
 def _describe(
@@ -543,32 +810,3 @@ def write_history(path: str | Path, history: list[dict[str, float]]) -> None:
         shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         writer.writerow({key: "" if value == "nan" else value for key, value in shown.items()})
     write_text(path, text.getvalue())
-
-
-def _save_last(
-    path: Path, state: dict, model: nn.Module, average: WeightAverage | None, optimizer: torch.optim.Optimizer
-) -> None:
-    value = {
-        "state": state,
-        "model": model.state_dict(),
-        "average": average.model.state_dict() if average else None,
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(value, file)
-
-
-def _restore(
-    path: Path, state: dict, model: nn.Module, average: WeightAverage | None, optimizer: torch.optim.Optimizer
-) -> None:
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(value["model"])
-        if average:
-            average.model.load_state_dict(value["average"])
-        optimizer.load_state_dict(value["optimizer"])
-        torch.set_rng_state(value["random"])
-        state.update(value["state"])
-    except Exception as error:  # the unpickler of torn bytes raises anything
-        raise UserError(f"{path}: cannot be resumed from ({type(error).__name__}: {str(error)[:80]})") from None

@@ -118,6 +118,20 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16)
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a process here can still have on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where it has none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    return max(0, min(found)) if found else None
+
+
 # --------------------------------------------------------------------------------------------------- files, all or none
 
 

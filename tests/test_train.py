@@ -167,7 +167,7 @@ def test_one_seed_one_result_and_another_seed_another(tiny_set, tmp_path):
 
 def test_a_resumed_run_ends_with_the_same_weights(tiny_set, tmp_path, monkeypatch):
     fit(tiny(tiny_set, tmp_path / "whole", epochs=3), progress=False)
-    real, calls = training._save_last, []
+    real, calls = training.save_last, []
 
     def stop_after_the_second_epoch(*arguments):
         real(*arguments)
@@ -175,7 +175,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tiny_set, tmp_path, monkeypatc
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save_last", stop_after_the_second_epoch)
+    monkeypatch.setattr(training, "save_last", stop_after_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny(tiny_set, tmp_path / "broken", epochs=3), progress=False)
     monkeypatch.undo()
