@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -351,6 +352,22 @@ class Augmentation:
     noise: float = 0.03
     resample: float = 0.0
     exact: float = 0.25
+
+
+# changes to the defaults for photos of one camera, which differ less: half the colour, more windows left as they are
+ONE_CAMERA: Mapping[str, float] = MappingProxyType(
+    {
+        "gamma": 0.12,
+        "contrast": 0.1,
+        "light": 0.08,
+        "cast": 0.06,
+        "grey": 0.25,
+        "shade": 0.08,
+        "blur": 0.5,
+        "noise": 0.015,
+        "exact": 0.5,
+    }
+)
 
 
 def augment_geometry(

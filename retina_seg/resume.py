@@ -7,6 +7,7 @@ or has rotted is found by the checksums in it, and the one before is taken.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import threading
@@ -68,9 +69,11 @@ def save_last(folder: Path, value: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written; what was there is untouched.
     """
+    # in memory first: torch's writer hides a full disk behind a RuntimeError of its own
+    content = io.BytesIO()
+    torch.save(value, content)
     with whole_file(folder / LAST) as temporary:
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
+        temporary.write_bytes(content.getbuffer())
         if (folder / LAST).exists():
             _keep_previous(folder)
 
