@@ -95,7 +95,9 @@ def _test(options: argparse.Namespace) -> None:
     if not options.run and (options.output is None or options.part == "validation"):
         missing = "--output" if options.output is None else "--run"
         raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out photos")
-    output = options.output or default_output(options.run, options.protocol, options.part)
+    output = options.output or default_output(
+        options.run, options.protocol, options.part, options.flips, options.working_size
+    )
     value = test(
         options.run or options.checkpoint,
         options.data,
@@ -106,6 +108,7 @@ def _test(options: argparse.Namespace) -> None:
         device=options.device,
         precision=options.precision,
         flips=options.flips,
+        working_size=options.working_size,
     )
     print(table(value))
     print("\n".join(original_lines(value)))
@@ -253,6 +256,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the set's test photos, or the training photos that the run held out (default: %(default)s)",
     )
     test.add_argument("--threshold", type=float, help="cut at this probability (default: the protocol's)")
+    test.add_argument(
+        "--working-size", type=int, help="diameter the field of view is brought to (default: the checkpoint's)"
+    )
     test.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")
     test.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
     test.add_argument(

@@ -172,7 +172,14 @@ def test(
     segmenter = Segmenter.load(path, **{"precision": "float32", **options})
     notes = {key: value for key, value in load_checkpoint(path).items() if key != "state_dict"}
     pairs = list_pairs(data, part) if part != "validation" else held_out_pairs(checkpoint, data)
-    what = {"name": protocol, "data": str(data), "part": part}
+    working_size = options.get("working_size")
+    what = {
+        "name": protocol,
+        "data": str(data),
+        "part": part,
+        "flips": segmenter.flips,
+        **({"working_size": working_size} if working_size else {}),
+    }
     _refuse_other_scores(Path(output) / "metrics.json", what)
     output = create_dir(output)
     result = score_pairs(segmenter, pairs, protocol, threshold, output / "images" if pictures else None, progress)
@@ -186,7 +193,6 @@ def test(
             "threshold_from": "given" if given else default_from,
             "selected_on": notes.get("selected_on", "unknown"),
             "photos": len(pairs),
-            "flips": segmenter.flips,
         },
         "model": {
             "name": notes["model"],
@@ -211,9 +217,13 @@ def test(
     return value
 
 
-def default_output(run: str | Path, protocol: str, part: str) -> Path:
+def default_output(
+    run: str | Path, protocol: str, part: str, flips: bool = False, working_size: int | None = None
+) -> Path:
     """The folder for the scores of `run`: its own for the original's protocol on test photos, else one inside it."""
     below = [name for name, usual in ((part, "test"), (protocol, "notebook")) if name != usual]
+    below += ["flips"] if flips else []
+    below += [str(working_size)] if working_size else []
     return Path(run, "-".join(below))
 
 
@@ -235,12 +245,12 @@ def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
     return [pairs[name] for name in names]
 
 
-def _refuse_other_scores(path: Path, what: dict[str, str]) -> None:
+def _refuse_other_scores(path: Path, what: dict[str, Any]) -> None:
     """Scores of the same photos and protocol may be taken anew; others are not lost by it."""
     if not path.exists():
         return
     there = read_json(path).get("protocol")
-    if not isinstance(there, dict) or any(there.get(key) != value for key, value in what.items()):
+    if not isinstance(there, dict) or any(there.get(key) != what.get(key) for key in (*what, "working_size")):
         held = f"{there.get('name')} on {there.get('data')}" if isinstance(there, dict) else "something else"
         raise UserError(f"{path}: holds other scores ({held}); choose another --output")
 
