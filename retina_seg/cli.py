@@ -345,7 +345,7 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--size",
         type=int,
-        help="side the network is fed, pixels (default: notebook 512, fast and general 320, quick 256)",
+        help="side the network is fed, pixels (default: notebook 512, fast 320, else 256)",
     )
     group.add_argument(
         "--validation",

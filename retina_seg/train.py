@@ -152,7 +152,7 @@ class TrainConfig:
     @classmethod
     def general(cls, **changes: Any) -> TrainConfig:
         """`fast` for photos of any camera: from several sets, colours, light and sharpness varied as between cameras."""
-        return cls.fast(**{"preset": "general", "augmentation": {}, "repeats": 6, **changes})
+        return cls.fast(**{"preset": "general", "augmentation": {}, "repeats": 6, "size": 256, **changes})
 
     @classmethod
     def quick(cls, **changes: Any) -> TrainConfig:

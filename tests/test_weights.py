@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from retina_seg import cli
+from retina_seg.check import fingerprint, same_photo
 from retina_seg.data import list_pairs
+from retina_seg.images import list_pictures, read_photo
 from retina_seg.metrics import count, f1
-from retina_seg.model import count_parameters
+from retina_seg.model import count_parameters, load_checkpoint
 from retina_seg.predict import WEIGHTS, Segmenter, shipped_weights
 from retina_seg.synthetic import draw_photo
 from retina_seg.test import score_pairs
@@ -48,6 +50,22 @@ def test_predict_needs_no_weights_named(tmp_path):
     write_picture(tmp_path / "eye.png", draw_photo(3, 200, 210).photo)
     assert cli.main(["predict", str(tmp_path / "eye.png"), "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/eye_vessels.png").is_file()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", shipped_weights())
+def test_no_test_photo_mirrored_or_turned_is_among_those_trained_on(name, real_data):
+    trained_on = {entry.rsplit("/", 1)[-1] for entry in load_checkpoint(WEIGHTS / f"{name}.pth")["trained_on"]}
+    folders = [real_data / "DRIVE/training/images", real_data / "CHASE_DB1", *(real_data / "LES-AV").glob("*/images")]
+    training = [path for folder in folders for path in list_pictures(folder) if path.stem in trained_on]
+    assert len(training) == len(trained_on)
+    tested = [pair.image for pair in list_pairs(real_data / "Data1", "test")]
+    prints = np.stack([fingerprint(read_photo(path)) for path in training + tested])
+    assert [pair for pair in same_photo(prints) if pair[0] < len(training) <= pair[1]] == []
+    # and were one of them there, it would be found
+    planted = fingerprint(np.rot90(read_photo(tested[3])[:, ::-1]))
+    found = [pair[:2] for pair in same_photo(np.concatenate([prints, planted[None]])) if pair[1] == len(prints)]
+    assert found == [(len(training) + 3, len(prints))]
 
 
 @pytest.mark.real
