@@ -15,6 +15,9 @@ PRESET_NAMES = ("notebook", "fast", "general", "quick")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (None: the process's own) and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file may be called what the terminal's alphabet has no letters for
+            stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     try:
         return _call(options)
@@ -37,11 +40,23 @@ def _call(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 1
+    except OSError as error:  # what only the system knows: a name too long, a folder that may not be read, a full disk
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"retina-seg: error: {one_line(f'{named}{error.strerror or error}')}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("retina-seg: error: the memory of this machine is too small for that", file=sys.stderr)
+        return 2
 
 
 def one_line(message: str) -> str:
     """`message` printable on one line: a file may be called anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
+
+
+def _say(*lines: str) -> None:
+    """Print `lines`, each on one line whatever the files in it are called."""
+    print("\n".join(map(one_line, lines)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
@@ -53,8 +68,8 @@ def _run(options: argparse.Namespace) -> None:
 
     value = run(options.data, options.output, options.preset, **_recipe_changes(options))
     print(table(value))
-    print("\n".join(original_lines(value)))
-    print(f"written to {value['folder']}: metrics.json, curves.png, contact_sheet.png, images/")
+    _say(*original_lines(value))
+    _say(f"written to {value['folder']}: metrics.json, curves.png, contact_sheet.png, images/")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -62,10 +77,12 @@ def _train(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from retina_seg.train import PRESETS, TrainConfig, fit
-    from retina_seg.utils import UserError
+    from retina_seg.utils import UserError, check_types
 
     if options.resume:
-        config = TrainConfig.from_json(Path(options.resume) / "config.json")
+        path = Path(options.resume) / "config.json"
+        config = TrainConfig.from_json(path)
+        check_types(config, path)
         config.output = options.resume
         # how it is computed may change with the machine, what is computed may not
         changes = _recipe_changes(options)
@@ -80,12 +97,14 @@ def _train(options: argparse.Namespace) -> None:
     else:
         changes = _recipe_changes(options)
         if options.config:
-            config = replace(TrainConfig.from_json(options.config), **changes)
+            config = TrainConfig.from_json(options.config)
+            check_types(config, options.config)
+            config = replace(config, **changes)
         else:
             preset = options.preset or "fast"
             config = PRESETS[preset](**{"output": f"results/{preset}", **changes})
     done = fit(config, resume=bool(options.resume))
-    print(f"written to {done.folder}: checkpoint.pth (epoch {done.best}), history.csv, curves.png, config.json")
+    _say(f"written to {done.folder}: checkpoint.pth (epoch {done.best}), history.csv, curves.png, config.json")
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -111,15 +130,15 @@ def _test(options: argparse.Namespace) -> None:
         working_size=options.working_size,
     )
     print(table(value))
-    print("\n".join(original_lines(value)))
-    print(f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/")
+    _say(*original_lines(value))
+    _say(f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/")
 
 
 def _compare(options: argparse.Namespace) -> None:
     from retina_seg.compare import compare
 
-    print("\n".join(compare(options.runs, options.output)))
-    print(f"written to {options.output}: comparison.csv, comparison.png")
+    _say(*compare(options.runs, options.output))
+    _say(f"written to {options.output}: comparison.csv, comparison.png")
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -140,7 +159,7 @@ def _predict(options: argparse.Namespace) -> int:
     for row in failed:
         print("retina-seg: " + one_line(f"{row['input']}: {row['status']}"), file=sys.stderr)
     skipped = sum(row["skipped"] for row in rows)
-    print(
+    _say(
         f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {options.output}"
     )
     return 1 if failed else 0
@@ -151,14 +170,14 @@ def _prepare(options: argparse.Namespace) -> None:
 
     size = options.size if options.size == "native" else int(options.size)
     folder = prepare_set(options.set, options.source, options.destination, size, options.split)
-    print(f"written to {folder}; see what it holds: retina-seg check {folder}")
+    _say(f"written to {folder}; see what it holds: retina-seg check {folder}")
 
 
 def _check(options: argparse.Namespace) -> int:
     from retina_seg.check import check_set
 
     report = check_set(options.data)
-    print("\n".join(report.lines()))
+    _say(*report.lines())
     return 1 if report.problems else 0
 
 
@@ -171,7 +190,7 @@ def _synth(options: argparse.Namespace) -> None:
         folder = write_set(options.destination, options.train, options.test, size, options.seed)
     except (OSError, ValueError) as error:  # the drawing room knows no other room, so its errors are Python's own
         raise UserError(str(error)) from None
-    print(f"written to {folder}: {options.train} training and {options.test} test photos")
+    _say(f"written to {folder}: {options.train} training and {options.test} test photos")
 
 
 def _recipe_changes(options: argparse.Namespace) -> dict:
@@ -277,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", required=True, help="folder for the pictures and summary.csv")
     predict.add_argument(
         "--weights",
-        default="drive",
+        default="general",
         help="weights that ship, a checkpoint file, or a run's folder (default: %(default)s)",
     )
     predict.add_argument("--overwrite", action="store_true", help="segment again what is done (default: skip it)")

@@ -9,6 +9,9 @@ Attribute names are checkpoint keys and never change.
 
 from __future__ import annotations
 
+import io
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -240,20 +243,28 @@ class FastAttentionUNet(nn.Module):
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {"attention_unet": AttentionUNet, "fast_attention_unet": FastAttentionUNet}
 CHECKPOINT_FORMAT = "retina_seg checkpoint 1"
+MAX_PARAMETERS = 2**28  # a gigabyte; the networks that ship have less than a million
 
 
 def build_model(name: str = "attention_unet", **arguments: Any) -> nn.Module:
     """A freshly initialised network of the architecture `name`, with that class's `arguments`.
 
     Raises:
-        UserError: no such architecture, or one that does not take these arguments.
+        UserError: no such architecture, one that does not take these arguments, or would be absurdly large by them.
     """
     if name not in ARCHITECTURES:
         raise UserError(f"model {name!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
     try:
+        with torch.device("meta"), warnings.catch_warnings():  # on paper first: no memory, no random number is taken
+            warnings.simplefilter("ignore")  # torch's remark on layers without channels, refused below
+            sizes = [parameter.numel() for parameter in ARCHITECTURES[name](**arguments).parameters()]
+        if 0 in sizes:
+            raise ValueError("a layer would have no channels")
+        if sum(sizes) > MAX_PARAMETERS:
+            raise ValueError(f"it would have {sum(sizes):,} parameters, more than {MAX_PARAMETERS:,}")
         return ARCHITECTURES[name](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"model {name!r} cannot be built with {str(arguments)[:80]}: {str(error)[:160]}") from None
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -270,9 +281,11 @@ def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[st
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     checkpoint = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes, "state_dict": weights}
-    # opened here: torch's own opening would not say why a folder cannot be written to
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+    # in memory first: torch's writer hides a full disk, or a folder closed to us, behind a RuntimeError of its own
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -288,6 +301,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
+        if zipfile.is_zipfile(path):  # as torch writes them since 1.6, never packed
+            with zipfile.ZipFile(path) as archive:
+                if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it would unpack to more than it is")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler of hostile bytes raises anything
         raise UserError(
@@ -312,12 +329,22 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("state_dict")
-    try:
+    claimed = sum(value.numel() * value.element_size() for value in weights.values() if isinstance(value, Tensor))
+    if claimed > Path(path).stat().st_size:
+        raise UserError(f"{path}: claims more weights than it holds; it is damaged or not meant well")
+
+    def filled() -> nn.Module:
         model = build_model(checkpoint["model"], **checkpoint["arguments"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    try:
         model.load_state_dict(weights, strict=True)
+        return model
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings():  # on paper first: a small file may ask for gigabytes
+            warnings.simplefilter("ignore")  # torch's remark that nothing is copied
+            filled()
+        model = filled()
+    except (UserError, TypeError) as error:  # arguments whose names no function can have
+        raise UserError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[1:2]
         raise UserError(

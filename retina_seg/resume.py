@@ -74,6 +74,8 @@ def save_last(folder: Path, value: dict[str, Any]) -> None:
     torch.save(value, content)
     with whole_file(folder / LAST) as temporary:
         temporary.write_bytes(content.getbuffer())
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before the one before gives up its name
         if (folder / LAST).exists():
             _keep_previous(folder)
 

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import subprocess
+import typing
 import uuid
 from collections.abc import Iterator
 from importlib import metadata
@@ -30,7 +31,13 @@ class UserError(Exception):
 
 
 def seeding(seed: int) -> None:
-    """Seed every random source a run draws from: `random`, NumPy, torch (all devices)."""
+    """Seed every random source a run draws from: `random`, NumPy, torch (all devices).
+
+    Raises:
+        UserError: a seed that one of them does not take.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: must lie between 0 and 2^63 - 1")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -52,8 +59,9 @@ def create_dir(path: str | Path) -> Path:
         raise UserError(
             f"{path}: a file stands where a folder is to be made; move it or choose another folder"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot make this folder ({error.strerror}); choose one you may write to") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot make this folder ({why}); choose one you may write to") from None
     return path
 
 
@@ -189,15 +197,46 @@ def read_json(path: str | Path) -> dict:
     Raises:
         UserError: there is no such file, or it does not hold a JSON object.
     """
+    path = Path(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is not a regular file")  # but a pipe, say, which would be waited for
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: is not JSON") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object")
     return value
+
+
+def check_types(value: Any, where: str | Path) -> None:
+    """Hold the fields of a dataclass, read from the file `where`, against their annotations.
+
+    Raises:
+        UserError: a field is of another type; it is named.
+    """
+    for name, hint in typing.get_type_hints(type(value)).items():
+        given = getattr(value, name)
+        if not _is_of(given, hint):
+            wanted = getattr(hint, "__name__", hint) if isinstance(hint, type) else hint
+            raise UserError(f"{where}: {name} is {str(given)[:80]!r}; it must be of the type {wanted}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`: a class, a union, or a list or dict of them; an int will do for a float."""
+    kinds = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(item, kinds[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(k, kinds[0]) and _is_of(v, kinds[1]) for k, v in value.items())
+    if kinds:
+        return any(_is_of(value, kind) for kind in kinds)
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
 # ------------------------------------------------------------------------------------------------------ what ran where

@@ -20,6 +20,7 @@ from retina_seg.utils import UserError
 def tiny(tiny_set, folder, **changes) -> TrainConfig:
     """A recipe of seconds on the fast network."""
     recipe = {"size": 32, "repeats": 2, "epochs": 2, "batch_size": 2, "precision": "float32"}
+    recipe |= {"fov_diameter": None, "working_diameter": None}  # as small as they are
     arguments = {"width": 4, "deepest": 8, "fine": 4}
     return TrainConfig.fast(
         **{**recipe, "data": str(tiny_set), "output": str(folder), "model_arguments": arguments, **changes}
