@@ -9,10 +9,9 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from retina_seg.fov import find_fov, fov_box, fov_diameter
+from retina_seg.fov import LARGEST_SIDE, find_fov, fov_box, fov_diameter
 from retina_seg.images import list_pictures, read_label, read_photo
 from retina_seg.utils import UserError
 
@@ -151,25 +150,39 @@ def photo_ids(root: Path, part: str, names: list[str], folder: Path) -> dict[str
     Raises:
         UserError: photos.csv is no such table.
     """
-    index = root / "photos.csv"
-    if index.is_file():
-        try:
-            with open(index, newline="", encoding="utf-8") as file:
-                rows = {
-                    (row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"])
-                    for row in csv.DictReader(file)
-                }
-        except (KeyError, UnicodeDecodeError, csv.Error):
-            raise UserError(f"{index}: is not a table with columns part, name, photo; mend or remove it") from None
+    rows = read_index(root)
+    if rows is not None:
         return {name: rows.get((part, name), (name, name)) for name in names}
     if part == "train" and _in_fours(names, folder):
         return {name: (str(int(name) // 4),) * 2 for name in names}
     return {name: (name, name) for name in names}
 
 
+def read_index(root: Path) -> dict[tuple[str, str], tuple[str, str]] | None:
+    """What `photos.csv` of the set says: (part, name) -> (photo, subject); None where the set has none.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    index = root / "photos.csv"
+    if not index.is_file():
+        return None
+    try:
+        with open(index, newline="", encoding="utf-8-sig") as file:  # a spreadsheet begins its files with a mark
+            rows = {
+                (row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"])
+                for row in csv.DictReader(file)
+            }
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
+        rows = {("", ""): (None, None)}
+    if any(None in (*key, *value) for key, value in rows.items()):  # a row cut short has None for what it lacks
+        raise UserError(f"{index}: is not a table with columns part, name, photo; mend or remove it")
+    return rows
+
+
 def _in_fours(names: list[str], folder: Path) -> bool:
     """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
-    if len(names) % 4 or [name for name in names if not name.isdecimal()]:
+    if not names or len(names) % 4 or [name for name in names if not name.isdecimal()]:
         return False
     if sorted(int(name) for name in names) != list(range(len(names))):
         return False
@@ -201,9 +214,11 @@ def split_by_photo(
     photos = sorted({pair.subject for pair in pairs}, key=lambda name: (len(name), name))
     count = validation if isinstance(validation, int) else max(1, round(len(photos) * validation))
     if not 1 <= count < len(photos):
-        raise UserError(f"cannot hold out {count} of {len(photos)} photos for validation: both sides need one at least")
+        raise UserError(
+            f"--held-out {count}: cannot hold out {count} of {len(photos)} photos for validation: both sides need one at least"
+        )
     if not 0 <= fold < len(photos) // count:
-        raise UserError(f"fold {fold}: {len(photos)} photos make folds 0 to {len(photos) // count - 1} of {count}")
+        raise UserError(f"--fold {fold}: {len(photos)} photos make folds 0 to {len(photos) // count - 1} of {count}")
     order = random.Random(seed).sample(photos, len(photos))
     held_out = set(order[fold * count : (fold + 1) * count])
     training = [pair for pair in pairs if pair.subject not in held_out]
@@ -219,7 +234,9 @@ def split_by_file(pairs: Sequence[Pair], count: int, seed: int) -> tuple[list[Pa
         UserError: fewer than one file would be left on either side.
     """
     if not 1 <= count < len(pairs):
-        raise UserError(f"cannot hold out {count} of {len(pairs)} files for validation: both sides need one at least")
+        raise UserError(
+            f"--held-out {count}: cannot hold out {count} of {len(pairs)} files for validation: both sides need one at least"
+        )
     held_out = {pair.name for pair in random.Random(seed).sample(list(pairs), count)}
     return [pair for pair in pairs if pair.name not in held_out], [pair for pair in pairs if pair.name in held_out]
 
@@ -247,18 +264,19 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def label_remarks(pairs: Sequence[Pair]) -> list[str]:
-    """A line for every kind of odd label among `pairs`: stored as 0/1, or without any vessel.
+    """A line for every kind of odd label among `pairs`: stored as 0/1, too dark to be read, or without any vessel.
 
     Raises:
         UserError: a label cannot be read.
     """
-    odd: dict[str, list[Path]] = {"0/1": [], "black": []}
+    odd: dict[str, list[Path]] = {"0/1": [], "dark": [], "black": []}
     for pair in pairs:
         highest = int(read_label(pair.mask).max())
-        if highest <= 1:
-            odd["0/1" if highest else "black"].append(pair.mask)
+        if highest <= 127:
+            odd[{0: "black", 1: "0/1"}.get(highest, "dark")].append(pair.mask)
     said = {
         "0/1": "holds 0 and 1 instead of 0 and 255: 1 is taken as vessel",
+        "dark": "warning: the label is dark where it is read: nothing in it is above 127, so nothing counts as vessel",
         "black": "warning: the label is all black, so nothing in its photo counts as vessel; look at it",
     }
     return [
@@ -353,21 +371,10 @@ class Augmentation:
     resample: float = 0.0
     exact: float = 0.25
 
-
-# changes to the defaults for photos of one camera, which differ less: half the colour, more windows left as they are
-ONE_CAMERA: Mapping[str, float] = MappingProxyType(
-    {
-        "gamma": 0.12,
-        "contrast": 0.1,
-        "light": 0.08,
-        "cast": 0.06,
-        "grey": 0.25,
-        "shade": 0.08,
-        "blur": 0.5,
-        "noise": 0.015,
-        "exact": 0.5,
-    }
-)
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)) or not 0 <= value < np.inf:
+                raise UserError(f"augmentation {name} {str(value)[:80]}: must be a number from 0 on")
 
 
 def augment_geometry(
@@ -463,6 +470,9 @@ class TrainingPhotos(Dataset):
         how: the augmentation.
         seed: of the draws.
 
+    Raises:
+        UserError: a file cannot be read, a pair of two sizes, a diameter that cannot be.
+
     Attributes:
         diameter: as given or found. epoch: set it before each pass.
     """
@@ -476,6 +486,8 @@ class TrainingPhotos(Dataset):
         how: Augmentation | None = None,
         seed: int = 42,
     ) -> None:
+        if diameter is not None and not 0 < diameter <= LARGEST_SIDE:
+            raise UserError(f"fov_diameter {diameter}: must lie between 0 and {LARGEST_SIDE} pixels")
         loaded = [load_with_fov(pair) for pair in pairs]
         self.diameter = diameter or float(np.median([fov_diameter(fov) for _, _, fov in loaded]))
         self.photos = [to_scale(*item, self.diameter) for item in loaded]

@@ -272,6 +272,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def count_arithmetic(model: nn.Module, height: int, width: int) -> int:
+    """Multiply-adds of a forward pass on one photo (3, height, width): convolutions only, the rest is a few hundredths."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes a second to import
+
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, height, width))
+    return counter.get_total_flops() // 2
+
+
 def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[str, Any], **notes: Any) -> None:
     """Write weights, and all that is needed to use them, to `path`: whole or not at all.
 
@@ -305,7 +314,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                     raise ValueError("it would unpack to more than it is")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on odd files before it refuses them
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler of hostile bytes raises anything
         raise UserError(
             f"{path}: is not a checkpoint that can be read safely ({type(error).__name__}); "
