@@ -6,7 +6,6 @@ make a score or a training run wrong, and warnings, which a reader of the scores
 
 from __future__ import annotations
 
-import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from retina_seg.data import PARTS, find_set, photo_ids
+from retina_seg.data import PARTS, find_set, photo_ids, read_index
 from retina_seg.images import list_pictures, natural_key, read_label, read_photo
 from retina_seg.utils import UserError
 
@@ -257,19 +256,19 @@ def _photo_ids(report: SetReport, part: str, names: list[str]) -> dict[str, str]
 def _check_index(report: SetReport) -> None:
     """Hold `photos.csv`, where there is one, against the files."""
     index = report.root / "photos.csv"
-    if not index.is_file():
-        return
     try:
-        with open(index, newline="", encoding="utf-8") as file:
-            rows = {(row["part"], row["name"]) for row in csv.DictReader(file)}
-    except (KeyError, UnicodeDecodeError, csv.Error):
+        table = read_index(report.root)
+        files = {
+            (part, path.stem)
+            for part in report.parts
+            if (report.root / part / "image").is_dir()
+            for path in list_pictures(report.root / part / "image")
+        }
+    except UserError:
         return  # reported when the parts were read
-    files = {
-        (part, path.stem)
-        for part in report.parts
-        if (report.root / part / "image").is_dir()
-        for path in list_pictures(report.root / part / "image")
-    }
+    if table is None:
+        return
+    rows = set(table)
     for lonely, what in (
         (files - rows, "does not name {}, so each counts as a photo of its own"),
         (rows - files, "names {} that are not there"),

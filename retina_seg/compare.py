@@ -22,9 +22,23 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / "metrics.json" if Path(run).is_dir() else Path(run)
     value = read_json(path)
-    if not all(isinstance(value.get(key), kind) for key, kind in (("frame", dict), ("fov", dict), ("images", list))):
+    if not _holds_scores(value):
         raise UserError(f"{path}: holds no scores; write them with retina-seg test")
     return value
+
+
+def _holds_scores(value: dict[str, Any]) -> bool:
+    """Whether what is read from `value` here and in the picture is there, and numbers (None: undefined)."""
+    try:
+        value["protocol"].get("size")
+        numbers = [image[region]["f1"] for image in value["images"] for region in visualize.REGION_NAMES]
+        for region in visualize.REGION_NAMES:
+            numbers += [value[region][what].get(name) for what in ("mean", "std", "pooled") for name in SCORES]
+            numbers += [*value[region]["ci95"]["f1"], value[region]["mean"]["f1"]]
+        named = {image["name"] for image in value["images"]}
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return bool(named) and all(number is None or isinstance(number, (int, float)) for number in numbers)
 
 
 def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str, score: str) -> dict[str, Any] | None:

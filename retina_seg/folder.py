@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -37,13 +38,13 @@ def find_photos(inputs: Iterable[str | Path], output: str | Path | None = None) 
     Links to folders are not followed (they may lead in circles), hidden files and what lies in `output` are left out.
 
     Raises:
-        UserError: an input does not exist, or there is no photo at all.
+        UserError: an input does not exist, a folder cannot be listed, or there is no photo at all.
     """
     found: dict[Path, Path] = {}
     written = Path(output).resolve() if output is not None else None
     for item in map(Path, inputs):
         if item.is_dir():
-            for folder, below, names in os.walk(item):
+            for folder, below, names in os.walk(item, onerror=_refuse):
                 below[:] = sorted(name for name in below if not name.startswith("."))
                 here = Path(folder)
                 if written is not None and here.resolve() == written and here.resolve() != item.resolve():
@@ -51,9 +52,9 @@ def find_photos(inputs: Iterable[str | Path], output: str | Path | None = None) 
                     continue
                 pictures = [n for n in names if Path(n).suffix.lower() in PHOTO_ENDINGS and not n.startswith(".")]
                 for name in sorted(pictures, key=natural_key):
-                    found.setdefault((here / name).resolve(), here / name)
+                    found.setdefault(_identity(here / name), here / name)
         elif item.exists() or item.is_symlink():
-            found.setdefault(item.resolve() if item.exists() else item.absolute(), item)
+            found.setdefault(_identity(item), item)
         else:
             raise UserError(f"{item}: no such file or folder")
     if not found:
@@ -61,6 +62,15 @@ def find_photos(inputs: Iterable[str | Path], output: str | Path | None = None) 
             f"no photos found in {', '.join(map(str, inputs))}; endings looked for: {' '.join(PHOTO_ENDINGS)}"
         )
     return list(found.values())
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions") from None
+
+
+def _identity(path: Path) -> Path:
+    """Which file `path` is: links followed; a link that leads nowhere, or in a circle, is itself."""
+    return path.resolve() if path.exists() else path.absolute()
 
 
 def weights_id(checkpoint: str | Path) -> str:
@@ -98,15 +108,15 @@ def segment_files(
         path
         for path in find_photos(inputs, output)
         # when photos and pictures share a folder, yesterday's overlay is no photo
-        if not (path.name in made and path.resolve().parent == output.resolve())
+        if not (path.name in made and _identity(path).parent == output.resolve())
     ]
-    sources = {path.resolve() for path in photos}
+    sources = {_identity(path) for path in photos}
     names = {row["name"].casefold() for row in memory.values()}
     rows = []
     saved = time.monotonic()
     try:
         for path in tqdm(photos, desc="segmenting", unit="photo", disable=not progress):
-            key = str(path.resolve())
+            key = str(_identity(path))
             before = memory.get(key)
             if before and not overwrite and before["weights"] == weights and _is_done(before, path, output):
                 rows.append({**before, "skipped": True})
@@ -134,7 +144,7 @@ def _segment(segmenter: Segmenter, path: Path, target: Path) -> dict[str, Any]:
         probability = segmenter(photo, fov)
     except UserError as error:
         return {**row, "status": str(error).removeprefix(f"{path}: ")}
-    except (MemoryError, RuntimeError) as error:  # a photo too large for this machine is no reason to stop
+    except (MemoryError, RuntimeError, cv2.error) as error:  # a photo too large for this machine is no reason to stop
         return {**row, "status": f"could not be segmented here ({type(error).__name__}: {str(error)[:80]})"}
     vessels = probability > segmenter.threshold
     # a picture of the folder is whole or not there; a disk that is full or locked ends the work: it would fail for all
@@ -172,7 +182,7 @@ def _free_name(stem: str, names: set[str], output: Path, sources: set[Path]) -> 
     stem = os.fsdecode(os.fsencode(stem)[:200]) if len(os.fsencode(stem)) > 200 else stem
     name, number = stem, 1
     while name.casefold() in names or any(
-        (output / f"{name}_{kind}.png").exists() or (output / f"{name}_{kind}.png").resolve() in sources
+        (output / f"{name}_{kind}.png").exists() or _identity(output / f"{name}_{kind}.png") in sources
         for kind in OUTPUTS
     ):
         number += 1
@@ -190,11 +200,14 @@ def read_summary(path: str | Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise UserError(f"{path}: is not a summary of this command; choose another --output")
-            return {row["input"]: row for row in reader}
+        if path.is_file():  # no pipe, which would be waited for
+            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+                reader = csv.DictReader(file)
+                rows = {row["input"]: row for row in reader} if tuple(reader.fieldnames or ()) == COLUMNS else {"": {}}
+            # a row of more or fewer cells than the header is somebody else's too
+            if all(set(row) == set(COLUMNS) and None not in row.values() for row in rows.values()):
+                return rows
+        raise UserError(f"{path}: is not a summary of this command; choose another --output")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it or choose another --output") from None
 

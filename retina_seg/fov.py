@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 DETECTION_SIDE = 640  # longest side the search works at: finer only costs time
+LARGEST_SIDE = 8192  # pixels a photo may be scaled to: more is a mistake, or meant to exhaust the memory
 BLACK = 8  # grey levels: a photo that is nowhere brighter shows nothing
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import logging
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,9 @@ PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 photo has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP")
+# Pillow also logs some of what it raises, and what is logged to nobody goes to standard error
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+_STDERR = threading.Lock()  # for whoever points the process's standard error elsewhere
 
 
 @contextlib.contextmanager
@@ -50,9 +56,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                     raise UserError(
                         f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the photo down"
                     )
-                yield image
+                with _without_libtiffs_remarks() if image.format == "TIFF" else contextlib.nullcontext():
+                    yield image
     except UserError:
         raise
+    except MemoryError:
+        raise UserError(f"{path}: is too large for the memory of this machine; scale the photo down") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has more than {MAX_PIXELS:,} pixels; scale the photo down") from None
     except Image.UnidentifiedImageError:
@@ -61,6 +70,19 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: may not be read; check its permissions") from None
     except Exception as error:  # decoders of broken bytes raise anything
         raise UserError(f"{path}: is damaged or cut short ({type(error).__name__}: {str(error)[:80]})") from None
+
+
+@contextlib.contextmanager
+def _without_libtiffs_remarks() -> Iterator[None]:
+    """libtiff writes on standard error, past Python, what it then raises too."""
+    with _STDERR, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a process may have no standard error
+            kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 2)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+        yield
 
 
 def _to_8_bit(image: Image.Image, path: Path, file_format: str | None) -> Image.Image:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retina_seg.fov import find_fov, fov_box, fov_diameter
+from retina_seg.fov import LARGEST_SIDE, find_fov, fov_box, fov_diameter
 from retina_seg.model import load_model
 from retina_seg.utils import UserError, autocast, choose_device, choose_precision
 
@@ -88,8 +88,8 @@ class Segmenter:
             raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
         self.threshold, self.flips, self.tile = threshold, flips, tile
         if working_size is not None:
-            if working_size < 32:
-                raise UserError(f"working size {working_size}: must be 32 pixels at least")
+            if not 32 <= working_size <= LARGEST_SIDE:
+                raise UserError(f"--working-size {working_size}: must lie between 32 and {LARGEST_SIDE} pixels")
             key, value = (
                 ("size", [working_size] * 2) if self.frame["kind"] == "squeeze" else ("fov_diameter", working_size)
             )
@@ -112,9 +112,11 @@ class Segmenter:
         model, notes = load_model(path)
         frame = notes.get("frame") or NOTEBOOK_FRAME
         if not _is_frame(frame):
-            raise UserError(f"{path}: its working frame {frame} is none this version knows")
+            raise UserError(f"{path}: its working frame {str(frame)[:120]} is none this version knows")
         if threshold is None:
-            threshold = float(notes.get("threshold", 0.5))
+            threshold = notes.get("threshold", 0.5)
+            if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
+                raise UserError(f"{path}: its threshold {str(threshold)[:80]} does not lie between 0 and 1")
         return cls(model, frame, threshold, **options)
 
     # ------------------------------------------------------------------------------------------------------------ calls
@@ -132,6 +134,7 @@ class Segmenter:
 
         Raises:
             ValueError: not such an array.
+            UserError: weights whose answer is not a number.
         """
         photo = as_photo(photo)
         fov = find_fov(photo) if fov is None else fov
@@ -203,7 +206,10 @@ class Segmenter:
         batch = photo_batch(photo, self.device)
         with autocast(self.device, self.precision):
             logits = self.model(batch)
-        return torch.sigmoid(logits.float())[0, 0].cpu().numpy()
+        probability = torch.sigmoid(logits.float())[0, 0].cpu().numpy()
+        if np.isnan(probability).any():
+            raise UserError("the network answers with what is no number; choose other weights")
+        return probability
 
 
 def photo_batch(photo: np.ndarray, device: torch.device) -> Tensor:
@@ -260,6 +266,7 @@ def _is_frame(frame: Any) -> bool:
         return False
     if frame.get("kind") == "squeeze":
         size = frame.get("size")
-        return isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+        whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) for n in size)
+        return whole and all(0 < n <= LARGEST_SIDE for n in size)
     diameter = frame.get("fov_diameter")
-    return frame.get("kind") == "fov" and isinstance(diameter, (int, float)) and diameter > 0
+    return frame.get("kind") == "fov" and isinstance(diameter, (int, float)) and 0 < diameter <= LARGEST_SIDE

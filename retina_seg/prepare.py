@@ -533,11 +533,11 @@ def _side(size: str | int) -> int | None:
 
 def _check_destination(source: Path, destination: Path) -> None:
     """Refuse a destination that would mix with other files or with the raw photos themselves."""
-    inside = destination.resolve()
+    if (destination.exists() or destination.is_symlink()) and not destination.is_dir():
+        raise UserError(f"{destination}: a file stands where the set is to go; choose another folder")
+    inside = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle
     if inside == source.resolve() or source.resolve() in inside.parents:
         raise UserError(f"{destination}: lies inside the raw photos {source}; choose a folder elsewhere")
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"{destination}: a file stands where the set is to go; choose another folder")
     held = [path.name for path in _listed(destination) if path.name != "README.md"] if destination.is_dir() else []
     if held:
         raise UserError(
@@ -558,7 +558,7 @@ def _whole_folder(destination: Path) -> Iterator[Path]:
     Where `destination` is there already, what was written is moved into it. Whatever goes wrong, Ctrl-C too, nothing is
     left behind.
     """
-    destination = destination.resolve()
+    destination = Path(os.path.realpath(destination))
     missing = [folder for folder in (destination.parent, *destination.parent.parents) if not folder.exists()]
     temporary = create_dir(destination.parent) / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
     moved: list[Path] = []

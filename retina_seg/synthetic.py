@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 MIN_SIZE = 64  # px; a smaller field has no room for even the main arcades
+MAX_SIZE = 8192  # px; a larger one has no room in the memory
 TEST_SEEDS = 500_000  # within the million seeds of one set, the test photos' seeds start here
 
 STEP = 0.012  # length of one step of a growing vessel
@@ -57,14 +58,16 @@ def draw_photo(seed: int, height: int = 512, width: int = 512) -> SyntheticPhoto
 
     Args:
         seed: any integer from 0 up; each is another eye, camera and exposure.
-        height, width: size of the photo in pixels, each at least 64.
+        height, width: size of the photo in pixels, each from 64 to 8192.
 
     Raises:
-        ValueError: a size that is no integer or under 64 px, or a seed that is no integer or negative.
+        ValueError: a size that is no integer or not in that range, or a seed that is no integer or negative.
     """
     for name, value, least in (("seed", seed, 0), ("height", height, MIN_SIZE), ("width", width, MIN_SIZE)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if name != "seed" and value > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}, not {value}")
     shape = int(height), int(width)
     # One stream a stage: a change to the colours leaves every mask as it was.
     plan, growth, paint, camera = (np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(4))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,8 +107,10 @@ def score_pairs(
     for pair in tqdm(pairs, desc="testing", unit="photo", disable=not progress):
         photo, label, fov, second = _prepare(pair, protocol)
         start = time.perf_counter()
-        # the original's protocol keeps what the network says of the black surround
-        probability = segmenter(photo, everywhere=protocol == "notebook")
+        try:  # the original's protocol keeps what the network says of the black surround
+            probability = segmenter(photo, everywhere=protocol == "notebook")
+        except UserError as error:
+            raise UserError(f"{pair.image}: {error}") from None
         times.append(time.perf_counter() - start)
         true, predicted = label > 127, probability > threshold
         masks = {"frame": None, "fov": fov}
@@ -122,9 +125,11 @@ def score_pairs(
         )
         if pictures is not None:
             line = visualize.strip(photo, label, (predicted * 255).astype(np.uint8))
-            write_picture(pictures / f"{pair.name}.png", line)
+            name = os.fsencode(pair.name)  # file systems take 255 bytes: leave room for what comes behind
+            stem = pair.name if len(name) <= 200 else f"{os.fsdecode(name[:190])}-{len(rows)}"
+            write_picture(pictures / f"{stem}.png", line)
             errors = visualize.error_overlay(photo, true, predicted, None if protocol == "notebook" else fov)
-            write_picture(pictures / f"{pair.name}_errors.png", errors)
+            write_picture(pictures / f"{stem}_errors.png", errors)
             sheet.append((scored["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
     result: dict[str, Any] = {region: totals[region].summary() for region in regions}
     if seconds_totals["frame"].photos:
@@ -234,7 +239,9 @@ def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
         UserError: `run` is no such folder, or held out none, or `data` lacks one of them.
     """
     config = read_json(Path(run) / "config.json")
-    names, recipe = config.get("validation"), config.get("recipe") or {}
+    names, recipe = config.get("validation"), config.get("recipe")
+    if not isinstance(recipe, dict) or not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{Path(run) / 'config.json'}: does not say what was held out; give the folder of a run")
     pairs = {pair.name: pair for pair in list_pairs(data, "train")}
     if not names or recipe.get("validation") != "photos":
         raise UserError(f"{run}: held out no training photos; train with --validation photos")

@@ -6,6 +6,7 @@ Colours of an error overlay: right (true positive) green, missed (false negative
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def contact_sheet(
         small = shrink(picture, width)
         tile = np.full((height + 24, width, 3), 255, np.uint8)
         tile[24 : 24 + small.shape[0], : small.shape[1]] = small
-        cv2.putText(tile, caption, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(tile, short(caption), (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
         tiles.append(torch.from_numpy(tile).permute(2, 0, 1))
     grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
     return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
@@ -100,7 +101,8 @@ def contact_sheet(
 
 def save_figure(path: str | Path, figure: Any) -> None:
     """Write a matplotlib figure to `path` (PNG), whole or not at all."""
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a run may be called in any alphabet
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
 
 
@@ -131,6 +133,24 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     for axis in axes if best else ():
         axis.axvline(best, color="0.5", lw=1, ls="--", label="kept")
     axes[0].legend(frameon=False)
+    return figure
+
+
+def progress_chart(histories: dict[str, Sequence[dict[str, float]]], goal: float | None = None) -> Any:
+    """F1 on the validation photos by minutes of training, a line a run: a matplotlib figure.
+
+    Args:
+        histories: a run's name -> its rows, as in history.csv.
+        goal: an F1 to mark by a dashed line.
+    """
+    figure, (axis,) = new_figure(width=6.4)
+    for name, history in histories.items():
+        minutes = np.cumsum([row["seconds"] for row in history]) / 60
+        axis.plot(minutes, [row["validation_f1"] for row in history], marker="o", ms=3, label=name)
+    if goal is not None:
+        axis.axhline(goal, color="0.5", lw=1, ls="--", label=f"F1 {goal}")
+    axis.set(xlabel="minutes", ylabel="F1 on the validation photos", xlim=(0, None), ylim=(0, 1))
+    axis.legend(frameon=False, loc="lower right")
     return figure
 
 
@@ -182,9 +202,15 @@ def comparison(titles: Sequence[str], values: Sequence[dict[str, Any]]) -> Any:
             if mean is not None and None not in interval:
                 error = [[mean - interval[0]], [interval[1] - mean]]
                 axis.errorbar(place, mean, error, fmt="s", color="black", ms=5, capsize=5)
-        axis.set_xticks(range(len(titles)), titles, rotation=20, ha="right")
+        axis.set_xticks(range(len(titles)), map(short, titles), rotation=20, ha="right", parse_math=False)
         axis.set(ylabel="F1", title=heading, xlim=(-0.6, len(titles) - 0.4))
     return figure
+
+
+def short(title: str, length: int = 40) -> str:
+    """A file's or folder's name as a picture can show it: printable, its middle left out where it is too long."""
+    title = "".join(letter if letter.isprintable() else "?" for letter in title)
+    return title if len(title) <= length else f"{title[: length // 2 - 3]}...{title[-(length // 2) :]}"
 
 
 def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
