@@ -77,12 +77,10 @@ def _train(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from retina_seg.train import PRESETS, TrainConfig, fit
-    from retina_seg.utils import UserError, check_types
+    from retina_seg.utils import UserError
 
     if options.resume:
-        path = Path(options.resume) / "config.json"
-        config = TrainConfig.from_json(path)
-        check_types(config, path)
+        config = TrainConfig.from_json(Path(options.resume) / "config.json")
         config.output = options.resume
         # how it is computed may change with the machine, what is computed may not
         changes = _recipe_changes(options)
@@ -97,9 +95,7 @@ def _train(options: argparse.Namespace) -> None:
     else:
         changes = _recipe_changes(options)
         if options.config:
-            config = TrainConfig.from_json(options.config)
-            check_types(config, options.config)
-            config = replace(config, **changes)
+            config = replace(TrainConfig.from_json(options.config), **changes)
         else:
             preset = options.preset or "fast"
             config = PRESETS[preset](**{"output": f"results/{preset}", **changes})

@@ -35,6 +35,7 @@ from retina_seg.utils import (
     UserError,
     autocast,
     available_memory,
+    check_types,
     choose_device,
     choose_precision,
     create_dir,
@@ -170,7 +171,9 @@ class TrainConfig:
         unknown = sorted(set(recipe) - {item.name for item in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"{path}: the recipe has unknown entries: {', '.join(unknown)}")
-        return cls(**recipe)
+        config = cls(**recipe)
+        check_types(config, path)
+        return config
 
     def check(self) -> None:
         """Raises `UserError` for the first value that cannot be."""
@@ -192,6 +195,11 @@ class TrainConfig:
                 raise UserError(f"{name} {getattr(self, name)}: must be 32 pixels at least")
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate {self.learning_rate}: must be above 0")
+        if not self.weight_decay >= 0 or not self.clip >= 0 or not 0 <= (self.warmup or 0) < 1:
+            raise UserError(
+                f"weight decay {self.weight_decay}, clip {self.clip}, warm-up {self.warmup}: "
+                "the first two must be 0 or more, warm-up in [0, 1)"
+            )
         if self.workers < 0 or not 0 <= self.ema < 1:
             raise UserError(f"--workers {self.workers}, ema {self.ema}: workers from 0 on, ema in [0, 1)")
         if self.validation == "files" and self.frame != "squeeze":
