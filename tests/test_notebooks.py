@@ -97,28 +97,34 @@ def test_train_writes_a_run_and_never_over_one(run_in_small, tmp_path, preset):
     taken.mkdir()
     (taken / "config.json").write_text("{}")
     changes = TINY if preset == "notebook" else {**TINY, "repeats": 1}
-    notebook = run_in_small("train", PRESET=preset, CHANGES=changes, OUTPUT=str(taken))
+    beside = {"BESIDE_CHANGES": {**TINY, "repeats": 1, "validation": "test"}, "BESIDE_OUTPUT": str(tmp_path / "beside")}
+    notebook = run_in_small("train", PRESET=preset, CHANGES=changes, OUTPUT=str(taken), **beside)
     written = {path.name for path in (tmp_path / "run-2").iterdir()}
     assert written == {"checkpoint.pth", "config.json", "curves.png", "history.csv", "last.pth"}
     recipe = json.loads((tmp_path / "run-2" / "config.json").read_text())["recipe"]
     assert (recipe["preset"], recipe["size"], recipe["epochs"]) == (preset, 64, 1)
     assert [path.name for path in taken.iterdir()] == ["config.json"]
-    assert len(pictures(notebook)) == 1
+    recipe = json.loads((tmp_path / "beside" / "config.json").read_text())["recipe"]
+    assert recipe["preset"] == "quick"
+    assert len(pictures(notebook)) == 2
 
 
 def test_test_trains_where_there_is_no_run_and_scores_it(run_in_small, tmp_path):
-    notebook = run_in_small("test", RUN=str(tmp_path / "run"), CHANGES=TINY)
+    beside = {"BESIDE_CHANGES": {**TINY, "repeats": 1}, "RUN_BESIDE": str(tmp_path / "beside")}
+    compared = {"COMPARISON": str(tmp_path / "comparison")}
+    notebook = run_in_small("test", RUN=str(tmp_path / "run"), CHANGES=TINY, **beside, **compared)
+    assert (tmp_path / "beside" / "metrics.json").is_file() and (tmp_path / "comparison" / "comparison.csv").is_file()
     value = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"frame", "fov"} <= set(value)
     assert len(value["images"]) == len(list((tmp_path / "run" / "images").glob("*_errors.png"))) == 2
-    assert len(pictures(notebook)) == 5
+    assert len(pictures(notebook)) == 7
 
 
 def test_test_scores_the_run_that_is_there(run_in_small, tmp_path, tiny_run):
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoint.pth").write_bytes((tiny_run / "checkpoint.pth").read_bytes())
-    run_in_small("test", RUN=str(run))
+    run_in_small("test", RUN=str(run), BESIDE="notebook", RUN_BESIDE=str(run), COMPARISON=str(tmp_path / "comparison"))
     assert (run / "metrics.json").is_file()
     assert not (run / "history.csv").exists()  # nothing was trained
 
