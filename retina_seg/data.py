@@ -350,8 +350,6 @@ class Augmentation:
         grey: largest share of colour taken away.
         shade: spread of the logarithm of a smooth uneven illumination.
         blur, noise: largest Gaussian blur (pixels) and noise (share of full scale); both in half of the draws.
-        resample: largest share of pixels a side lost to a coarser camera or a resized file, each side on its own, by
-            bilinear interpolation there and back; in half of the draws.
         exact: share of draws that are only turned by quarters and mirrored: pixels no interpolation has touched.
     """
 
@@ -368,7 +366,6 @@ class Augmentation:
     shade: float = 0.15
     blur: float = 0.8
     noise: float = 0.03
-    resample: float = 0.0
     exact: float = 0.25
 
     def __post_init__(self) -> None:
@@ -432,9 +429,6 @@ def augment_geometry(
 def augment_colour(photo: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:
     """Another camera's light and colours on (H, W, 3) float32 in [0, 1]; black stays black. The same shape and range."""
     side = photo.shape[:2][::-1]
-    if how.resample and rng.random() < 0.5:  # first: the camera's pixels come before anyone's colours
-        fewer = [max(1, round(length * (1 - rng.uniform(0, how.resample)))) for length in side]
-        photo = cv2.resize(cv2.resize(photo, fewer), side, interpolation=cv2.INTER_CUBIC).clip(0, 1)
     grey = photo.mean(axis=2, keepdims=True)
     photo = photo + rng.uniform(0, how.grey) * (grey - photo)
     photo = photo ** np.float32(np.exp(rng.normal(0, how.gamma)))
