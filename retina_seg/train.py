@@ -490,7 +490,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True) -> Run
     model = build_model(config.model, **config.model_arguments)
     opened = _open_data(config, model.stride)
     folder = _run_folder(config, resume)
-    _check_room(config, model, device, folder)
+    _check_room(config, model, device, precision, folder)
     for line in opened.remarks:
         tqdm.write(line)
     loop = _Loop(config, opened, model, device, precision, folder)
@@ -794,8 +794,8 @@ def _check_same_recipe(config: TrainConfig, written: Path) -> None:
         )
 
 
-def training_memory(model: nn.Module, batch_size: int, size: int) -> int:
-    """Bytes that a training step on (batch_size, 3, size, size) float32 needs beyond the weights: an estimate.
+def training_memory(model: nn.Module, batch_size: int, size: int, precision: torch.dtype = torch.float32) -> int:
+    """Bytes that a training step on (batch_size, 3, size, size) in `precision` needs beyond the weights: an estimate.
 
     What autograd keeps of a small forward pass, scaled up by the pixels, and a third more for gradients and work space.
     """
@@ -809,7 +809,8 @@ def training_memory(model: nn.Module, batch_size: int, size: int) -> int:
         return tensor
 
     photos = torch.zeros(1, 3, side, side).to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), autocast(photos.device, precision), hooks:
         logits = small(photos)
     weights = {value.untyped_storage().data_ptr() for value in small.state_dict().values()}
     of_pixels = sum(size for pointer, size in kept.items() if pointer not in weights)
@@ -817,7 +818,9 @@ def training_memory(model: nn.Module, batch_size: int, size: int) -> int:
     return round(of_pixels * batch_size * (size / side) ** 2 * 4 / 3)
 
 
-def _check_room(config: TrainConfig, model: nn.Module, device: torch.device, folder: Path) -> None:
+def _check_room(
+    config: TrainConfig, model: nn.Module, device: torch.device, precision: torch.dtype, folder: Path
+) -> None:
     """Raises UserError where memory or disk cannot hold this training, before hours are spent on it."""
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     # two states of network, average and optimizer, one being written, the kept weights, and what else is written
@@ -827,7 +830,10 @@ def _check_room(config: TrainConfig, model: nn.Module, device: torch.device, fol
             f"{folder}: the disk has {free / 2**20:.0f} MB left, this training writes up to {needed / 2**20:.0f} MB; "
             "make room or choose another --output"
         )
-    needed, free = training_memory(model, config.batch_size, config.size) + 4 * weights, available_memory(device)
+    needed, free = (
+        training_memory(model, config.batch_size, config.size, precision) + 4 * weights,
+        available_memory(device),
+    )
     if free is not None and free < needed:
         raise UserError(
             f"--batch-size {config.batch_size}, --size {config.size}: a training step needs about {needed / 2**30:.1f} GB "

@@ -341,6 +341,7 @@ def test_the_memory_of_a_step_grows_with_its_pixels(name):
     assert one > 128 * 128 * 4 * 32  # a map of 32 channels at full size is the least that is kept
     assert training_memory(model, 1, 256) == pytest.approx(4 * one, rel=1e-6)
     assert training_memory(model, 3, 128) == pytest.approx(3 * one, rel=1e-6)
+    assert one / 2 <= training_memory(model, 1, 128, torch.bfloat16) < one
 
 
 # ------------------------------------------------------------------------------------------------ not finite, odd labels
