@@ -189,6 +189,14 @@ def _synth(options: argparse.Namespace) -> None:
     _say(f"written to {folder}: {options.train} training and {options.test} test photos")
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from retina_seg.bench import bench, table
+
+    names = ("output", "rounds", "photos", "size", "original", "fast", "data", "device", "precision", "growth")
+    value = bench(**{name: getattr(options, name) for name in names})
+    _say(*table(value), f"written to {options.output}: bench.json")
+
+
 def _recipe_changes(options: argparse.Namespace) -> dict:
     """What the command line says of the recipe; for `run`, data and output are arguments of their own."""
     names = (
@@ -336,6 +344,24 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--test", type=int, default=4, help="test photos (default: %(default)s)")
     synth.add_argument("--size", type=int, default=512, help="side in pixels (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="another seed, other photos (default: %(default)s)")
+
+    bench = _command(
+        commands, "bench", _bench, "measure the original's way against this package's, here and now", "bench --rounds 5"
+    )
+    bench.add_argument("--output", default="results/bench", help="folder for bench.json (default: %(default)s)")
+    bench.add_argument("--rounds", type=int, default=7, help="how often each way is measured (default: %(default)s)")
+    bench.add_argument("--photos", type=int, default=20, help="of the whole test (default: %(default)s)")
+    bench.add_argument("--size", type=int, default=512, help="side of a photo, pixels (default: %(default)s)")
+    bench.add_argument("--original", help="a checkpoint of the original's network (default: random weights)")
+    bench.add_argument("--fast", default="drive", help="weights of the fast network (default: %(default)s)")
+    bench.add_argument("--data", help="a set whose test photos to use (default: synthetic photos)")
+    bench.add_argument("--device", default="auto", help="cpu, cuda, … (default: the processor, and a GPU if there)")
+    bench.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="ours (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--growth", action="store_true", help="steps a second and memory over batch, window, workers too (default: off)"
+    )
     return parser
 
 

@@ -350,6 +350,7 @@ class Augmentation:
         grey: largest share of colour taken away.
         shade: spread of the logarithm of a smooth uneven illumination.
         blur, noise: largest Gaussian blur (pixels) and noise (share of full scale); both in half of the draws.
+        recolour: share of draws whose light and colours are changed at all; the others keep the camera's own.
         exact: share of draws that are only turned by quarters and mirrored: pixels no interpolation has touched.
     """
 
@@ -366,6 +367,7 @@ class Augmentation:
     shade: float = 0.15
     blur: float = 0.8
     noise: float = 0.03
+    recolour: float = 1.0
     exact: float = 0.25
 
     def __post_init__(self) -> None:
@@ -499,7 +501,9 @@ class TrainingPhotos(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, self.epoch, index])
         photo, label = augment_geometry(*self.photos[index % len(self.photos)], self.crop, self.how, rng)
-        photo = augment_colour(photo.astype(np.float32) / 255, self.how, rng)
+        photo = photo.astype(np.float32) / 255
+        if self.how.recolour >= 1 or rng.random() < self.how.recolour:
+            photo = augment_colour(photo, self.how, rng)
         channels = np.ascontiguousarray(photo[:, :, ::-1].transpose(2, 0, 1))
         return torch.from_numpy(channels), torch.from_numpy(label).unsqueeze(0).float() / 255
 

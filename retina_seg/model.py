@@ -9,6 +9,7 @@ Attribute names are checkpoint keys and never change.
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from retina_seg.utils import UserError, whole_file
 
@@ -270,6 +272,31 @@ def build_model(name: str = "attention_unet", **arguments: Any) -> nn.Module:
 def count_parameters(model: nn.Module) -> int:
     """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` for inference, every batch normalisation folded into the convolution before it.
+
+    In evaluation mode a normalisation is a fixed scale and shift a channel, which the convolution's weights can take
+    over: the same function, up to rounding, with one pass over memory less for each.
+
+    Raises:
+        ValueError: `model` is in training mode.
+    """
+    if model.training:
+        raise ValueError("only a network in evaluation mode can be folded; call eval() first")
+    folded = copy.deepcopy(model)
+    for module in folded.modules():
+        before = None
+        for (
+            name,
+            child,
+        ) in module.named_children():  # in these networks a normalisation is registered where it is applied
+            if isinstance(child, nn.BatchNorm2d) and isinstance(before, tuple):
+                setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
+                setattr(module, name, nn.Identity())
+            before = (name, child) if isinstance(child, nn.Conv2d) else None
+    return folded
 
 
 def count_arithmetic(model: nn.Module, height: int, width: int) -> int:

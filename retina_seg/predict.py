@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from retina_seg.fov import LARGEST_SIDE, find_fov, fov_box, fov_diameter
-from retina_seg.model import load_model
-from retina_seg.utils import UserError, autocast, choose_device, choose_precision
+from retina_seg.model import fold_batch_norm, load_model
+from retina_seg.utils import UserError, choose_device, choose_precision
 
 WEIGHTS = Path(__file__).parent / "weights"
 NOTEBOOK_FRAME = {"kind": "squeeze", "size": [512, 512]}
@@ -82,7 +82,8 @@ class Segmenter:
     ) -> None:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
-        self.model = model.eval().to(self.device, memory_format=torch.channels_last)
+        self.model = model.eval()
+        self.network = inference_network(self.model, self.device, self.precision)
         self.frame = dict(frame or NOTEBOOK_FRAME)
         if not 0 < threshold < 1:
             raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
@@ -203,13 +204,21 @@ class Segmenter:
 
     @torch.inference_mode()
     def _forward(self, photo: np.ndarray) -> np.ndarray:
-        batch = photo_batch(photo, self.device)
-        with autocast(self.device, self.precision):
-            logits = self.model(batch)
+        logits = self.network(photo_batch(photo, self.device).to(self.precision))
         probability = torch.sigmoid(logits.float())[0, 0].cpu().numpy()
         if np.isnan(probability).any():
             raise UserError("the network answers with what is no number; choose other weights")
         return probability
+
+
+def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
+    """A copy of `model` (in evaluation mode) as it is fastest: batch normalisation folded, channels last, in `precision`.
+
+    It takes (N, 3, H, W) in `precision`, channels last, on `device`. All weights are brought to bfloat16 once, where
+    autocast would do it at every call. The number of threads is torch's own choice, one a core: convolutions of this
+    size keep all cores busy, and more threads than cores only take turns.
+    """
+    return fold_batch_norm(model).to(device, precision, memory_format=torch.channels_last)
 
 
 def photo_batch(photo: np.ndarray, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from retina_seg.data import Pair, list_pairs, load_fov, load_pair, read_mask
 from retina_seg.images import write_picture
 from retina_seg.model import count_parameters, load_checkpoint
 from retina_seg.predict import Segmenter, find_checkpoint
-from retina_seg.utils import UserError, create_dir, environment, read_json, write_json, write_text
+from retina_seg.utils import UserError, ahead, create_dir, environment, read_json, write_json, write_text
 from retina_seg.visualize import mask_parse  # the original's name, importable from here
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
@@ -104,25 +104,29 @@ def score_pairs(
     rows, sheet, times = [], [], []
     if pictures is not None:
         pictures = create_dir(pictures)
-    for pair in tqdm(pairs, desc="testing", unit="photo", disable=not progress):
-        photo, label, fov, second = _prepare(pair, protocol)
-        start = time.perf_counter()
-        try:  # the original's protocol keeps what the network says of the black surround
-            probability = segmenter(photo, everywhere=protocol == "notebook")
-        except UserError as error:
-            raise UserError(f"{pair.image}: {error}") from None
-        times.append(time.perf_counter() - start)
+
+    def segmented() -> Iterator[tuple]:
+        for pair, prepared in zip(pairs, ahead(lambda pair: _prepare(pair, protocol), pairs), strict=True):
+            photo = prepared[0]
+            start = time.perf_counter()
+            try:  # the original's protocol keeps what the network says of the black surround
+                probability = segmenter(photo, everywhere=protocol == "notebook")
+            except UserError as error:
+                raise UserError(f"{pair.image}: {error}") from None
+            times.append(time.perf_counter() - start)
+            yield pair, *prepared, probability, times[-1]
+
+    def scored(item: tuple) -> None:
+        pair, photo, label, fov, second, probability, seconds = item
         true, predicted = label > 127, probability > threshold
         masks = {"frame": None, "fov": fov}
-        scored = metrics.score_photo(true, predicted, probability, masks)
+        scores = metrics.score_photo(true, predicted, probability, masks)
         for region in regions:
-            totals[region].add(scored[region], true, probability, masks[region])
+            totals[region].add(scores[region], true, probability, masks[region])
         if second is not None:
             for region, score in metrics.score_photo(true, second, None, masks).items():
                 seconds_totals[region].add(score, true, None, masks[region])
-        rows.append(
-            {"name": pair.name, **{region: scored[region].scores for region in regions}, "seconds": times[-1]},
-        )
+        rows.append({"name": pair.name, **{region: scores[region].scores for region in regions}, "seconds": seconds})
         if pictures is not None:
             line = visualize.strip(photo, label, (predicted * 255).astype(np.uint8))
             name = os.fsencode(pair.name)  # file systems take 255 bytes: leave room for what comes behind
@@ -130,7 +134,11 @@ def score_pairs(
             write_picture(pictures / f"{stem}.png", line)
             errors = visualize.error_overlay(photo, true, predicted, None if protocol == "notebook" else fov)
             write_picture(pictures / f"{stem}_errors.png", errors)
-            sheet.append((scored["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
+            sheet.append((scores["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
+
+    # three at once: the next photo is read and the last one scored and drawn while the network is at this one
+    for _ in tqdm(ahead(scored, segmented()), desc="testing", unit="photo", total=len(pairs), disable=not progress):
+        pass
     result: dict[str, Any] = {region: totals[region].summary() for region in regions}
     if seconds_totals["frame"].photos:
         result["second_observer"] = {region: seconds_totals[region].summary() for region in regions}

@@ -11,7 +11,9 @@ import random
 import subprocess
 import typing
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,26 @@ def available_memory(device: torch.device) -> int | None:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
     return max(0, min(found)) if found else None
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int = 1) -> Iterator[Any]:
+    """`function(item)` for every item, in order, worked out in a thread up to `depth` items before it is asked for.
+
+    For reading, scoring and writing beside a network: what they call (OpenCV, NumPy, zlib) lets other threads run. An
+    error is raised where its result is asked for; who stops asking waits for what is under way.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 # --------------------------------------------------------------------------------------------------- files, all or none

@@ -81,9 +81,9 @@ def test_every_photo_gets_its_three_pictures_and_a_row(segmenter, photos, tmp_pa
 
 def test_a_second_run_does_only_what_is_new_or_changed(segmenter, photos, tmp_path):
     run(segmenter, [photos], tmp_path / "out")
-    segmenter.model.asked = 0
+    segmenter.network.asked = 0
     assert [row["skipped"] for row in run(segmenter, [photos], tmp_path / "out")] == [True] * 3
-    assert segmenter.model.asked == 0
+    assert segmenter.network.asked == 0
     (tmp_path / "out/b_vessels.png").unlink()
     changed = photos / "below/c.tif"
     os.utime(changed, (2e9, 2e9))

@@ -287,6 +287,27 @@ def test_runs_under_bfloat16_autocast(name):
     assert (exact - rough).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("name", ["attention_unet", "fast_attention_unet"])
+def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
+    torch.manual_seed(0)
+    model = rooms.build_model(name).train()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        rooms.fold_batch_norm(model)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):  # nothing may be a no-op by chance
+            norm.weight.uniform_(0.5, 2), norm.bias.uniform_(-1, 1)
+            norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.5, 2)
+    model.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded = rooms.fold_batch_norm(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    photo = torch.rand(2, 3, 48, 32)
+    with torch.inference_mode():
+        answer = model(photo)
+        torch.testing.assert_close(folded(photo), answer, rtol=1e-4, atol=1e-4 * float(answer.abs().max()))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_build_model_names_what_it_does_not_know():
     with pytest.raises(UserError, match="'unet' is unknown.*attention_unet, fast_attention_unet"):
         build_model("unet")

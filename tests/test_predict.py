@@ -140,7 +140,7 @@ def test_tiles_give_the_answer_of_the_whole_photo():
     halo = whole.model.receptive_field
     tiles = Segmenter(small_network(), frame, precision="float32", device="cpu", tile=2 * halo + 160)
     calls = []
-    tiles.model.register_forward_hook(lambda *_: calls.append(1))
+    tiles.network.register_forward_hook(lambda *_: calls.append(1))
     np.testing.assert_allclose(tiles(photo), whole(photo), atol=1e-4)
     assert len(calls) > 3
 

@@ -268,3 +268,36 @@ def test_environment_names_versions_device_and_precision():
     assert found["threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(found)) == found
     assert os.sep not in found["platform"]
+
+
+def test_ahead_keeps_the_order_and_goes_no_further_than_asked():
+    taken = []
+
+    def items():
+        for number in range(6):
+            taken.append(number)
+            yield number
+
+    results = utils.ahead(lambda number: number * 10, items(), depth=2)
+    assert taken == []
+    assert next(results) == 0 and taken == [0, 1, 2]
+    assert list(results) == [10, 20, 30, 40, 50]
+
+
+def test_ahead_raises_where_the_result_is_asked_for():
+    def fail_at_two(number):
+        if number == 2:
+            raise UserError("two")
+        return number
+
+    results = utils.ahead(fail_at_two, range(5), depth=3)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(UserError, match="two"):
+        next(results)
+
+
+def test_ahead_works_beside_its_caller():
+    import threading
+
+    here = threading.get_ident()
+    assert all(ident != here for ident in utils.ahead(lambda _: threading.get_ident(), range(3)))

@@ -1,0 +1,106 @@
+"""The bench measures what it says: turns taken, the same weights scored the same, every way in the table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from retina_seg import bench, cli
+from retina_seg.data import list_pairs
+from retina_seg.model import build_model, save_model
+from retina_seg.predict import Segmenter
+from retina_seg.synthetic import write_set
+from retina_seg.test import score_pairs
+from retina_seg.utils import UserError
+
+
+def test_the_ways_take_turns_and_the_first_round_is_not_counted():
+    called = []
+    ways = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = bench.take_turns(ways, rounds=3)
+    assert called == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_rows_hold_medians_quartiles_and_ratios_to_the_first_way():
+    slow, quick = bench.rows("task", {"slow": [4.0, 8.0, 6.0], "quick": [1.0, 3.0, 2.0]}, units=2, photos=2)
+    assert (slow["median"], slow["ratio"], slow["quartiles"]) == (3.0, 1.0, [2.5, 3.5])
+    assert (quick["median"], quick["ratio"], quick["rounds"], quick["photos"]) == (1.0, 3.0, 3, 2)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint of the original's network with weights that tell pixels apart, statistics included."""
+    torch.manual_seed(0)
+    model = build_model("attention_unet").train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(2, 3, 32, 32))
+        model.finaloutput.weight.mul_(20)
+        model.finaloutput.bias.fill_(0.1)
+    save_model(tmp_path / "original.pth", model.eval(), "attention_unet", {})
+    return tmp_path / "original.pth"
+
+
+def test_the_originals_loop_gives_the_five_scores_of_our_scorer(trained, tmp_path):
+    write_set(tmp_path / "set", 1, 2, (64, 64), progress=False)
+    pairs = list_pairs(tmp_path / "set", "test")
+    segmenter = Segmenter.load(trained, device="cpu", precision="float32")
+    theirs = bench.originals_test(segmenter.model, pairs, tmp_path / "strips", size=512)
+    ours = score_pairs(segmenter, pairs, progress=False)["images"]
+    names = ("jaccard", "f1", "recall", "precision", "accuracy")
+    np.testing.assert_allclose(theirs, [[row["frame"][name] for name in names] for row in ours], atol=2e-4)
+    assert len(list((tmp_path / "strips").glob("*.png"))) == 2
+
+
+def test_a_bench_measures_every_way_and_writes_what_it_prints(trained, tmp_path, capsys):
+    output = tmp_path / "bench"
+    arguments = [
+        "--output",
+        output,
+        "--rounds",
+        1,
+        "--photos",
+        2,
+        "--size",
+        64,
+        "--original",
+        trained,
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(["bench", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    value = json.loads((output / "bench.json").read_text())
+    tasks = {row["task"] for row in value["rows"]}
+    assert tasks == {"forward", "training step, a photo", "whole test, a photo", "predict, a photo"}
+    for task in tasks - {"predict, a photo"}:
+        ways = [row for row in value["rows"] if row["task"] == task]
+        assert [row["way"] for row in ways][:3] == [bench.ORIGINAL, bench.SAME, "fast"]
+        assert ways[0]["ratio"] == 1 and all(row["median"] > 0 for row in ways)
+        assert all(row["ratio"] == pytest.approx(ways[0]["median"] / row["median"]) for row in ways)
+    scores = value["agreement"]
+    assert scores["f1_ours_float32"] == pytest.approx(scores["f1_original"], abs=5e-4)
+    assert value["networks"]["attention_unet"]["parameters"] == 664_071
+    assert all(text in shown for text in (bench.ORIGINAL, "thousand million", f"{scores['f1_original']:.5f}"))
+
+
+def test_one_point_of_the_growth_table_is_measured():
+    point = bench.measure_point({"batch": 1, "side": 32, "workers": 0}, steps=2)
+    assert point["steps_per_second"] > 0 and 0.1 < point["peak_memory_gb"] < 8
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rounds": 0}, "--rounds 0"),
+        ({"photos": 0}, "--photos 0"),
+        ({"size": 60}, "--size 60"),
+        ({"original": "drive"}, "drive"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(change, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        bench.bench(tmp_path / "bench", **change, progress=False)
+    assert not (tmp_path / "bench").exists()
