@@ -9,8 +9,8 @@ import torch
 from retina_seg import bench, cli
 from retina_seg.data import list_pairs
 from retina_seg.model import build_model, save_model
-from retina_seg.predict import Segmenter
-from retina_seg.synthetic import write_set
+from retina_seg.predict import Segmenter, photo_batch
+from retina_seg.synthetic import draw_photo, write_set
 from retina_seg.test import score_pairs
 from retina_seg.utils import UserError
 
@@ -37,9 +37,10 @@ def trained(tmp_path):
     with torch.no_grad():
         for _ in range(3):
             model(torch.rand(2, 3, 32, 32))
-        model.finaloutput.weight.mul_(20)
-        model.finaloutput.bias.fill_(0.1)
-    save_model(tmp_path / "original.pth", model.eval(), "attention_unet", {})
+        model.eval().finaloutput.weight.mul_(20)
+        photo = photo_batch(draw_photo(0, 64, 64).photo, torch.device("cpu"))
+        model.finaloutput.bias.sub_(model(photo).quantile(0.8))
+    save_model(tmp_path / "original.pth", model, "attention_unet", {})
     return tmp_path / "original.pth"
 
 
