@@ -44,7 +44,9 @@ def find_fov(photo: np.ndarray) -> np.ndarray:
     if count < 2:
         return np.ones((height, width), bool)
     largest = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    pixels = cv2.findNonZero(largest.astype(np.uint8)).reshape(-1, 2).astype(np.float32)
+    rows = np.flatnonzero(largest.any(axis=1))  # a hull's corners are among the ends of the rows
+    ends = largest[rows].argmax(axis=1), largest.shape[1] - 1 - largest[rows, ::-1].argmax(axis=1)
+    pixels = np.concatenate([np.stack([column, rows], axis=1) for column in ends])
     squares = np.concatenate([pixels + [x, y] for x in (-0.5, 0.5) for y in (-0.5, 0.5)]).astype(np.float32)
     hull = cv2.convexHull(squares).reshape(-1, 2).astype(float)
     return _fill_convex((hull + 0.5) * [width / small_size[0], height / small_size[1]] - 0.5, height, width)

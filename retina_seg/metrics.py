@@ -116,7 +116,10 @@ def auc(label: np.ndarray, score: np.ndarray) -> float:
     Returns:
         In [0, 1]; NaN where one of the classes is empty.
     """
-    positive, negative = _sorted_scores(label, score)
+    return _auc(*_sorted_scores(label, score))
+
+
+def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     if not positive.size or not negative.size:
         return math.nan
     below = np.searchsorted(negative, positive, "left").sum(dtype=np.int64)
@@ -130,7 +133,10 @@ def average_precision(label: np.ndarray, score: np.ndarray) -> float:
     Returns:
         In [0, 1]; NaN where there is no vessel.
     """
-    positive, negative = _sorted_scores(label, score)
+    return _average_precision(*_sorted_scores(label, score))
+
+
+def _average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
     if not positive.size:
         return math.nan
     found = positive.size - np.searchsorted(positive, positive, "left")
@@ -255,9 +261,9 @@ def score_photo(
             int(np.count_nonzero(line_label & inside & predicted)),
         )
         scores = {key: function(counts) for key, function in FROM_COUNTS.items()}
-        ranked = probability is not None
-        scores["auc"] = auc(label[inside], probability[inside]) if ranked else math.nan
-        scores["average_precision"] = average_precision(label[inside], probability[inside]) if ranked else math.nan
+        ranked = None if probability is None else _sorted_scores(label[inside], probability[inside])  # once for both
+        scores["auc"] = _auc(*ranked) if ranked else math.nan
+        scores["average_precision"] = _average_precision(*ranked) if ranked else math.nan
         scores["cldice"] = cldice(lines)
         results[name] = PhotoScores(counts, lines, scores)
     return results

@@ -131,10 +131,11 @@ class TrainConfig:
             "preset": "fast",
             "model": "fast_attention_unet",
             "frame": "fov",
-            "size": 384,
-            "repeats": 20,
+            "size": 256,
+            "augmentation": {"recolour": 0.5},
+            "repeats": 40,
             "epochs": 40,
-            "batch_size": 4,
+            "batch_size": 2,
             "learning_rate": 2e-3,
             "weight_decay": 1e-2,
             "warmup": 0.05,
@@ -152,16 +153,17 @@ class TrainConfig:
             "preset": "general",
             "fov_diameter": 720.0,
             "working_diameter": 800.0,
-            "size": 256,
+            "augmentation": {},
             "repeats": 6,
             "epochs": 36,
+            "batch_size": 4,
         }
         return cls.fast(**{**recipe, **changes})
 
     @classmethod
     def quick(cls, **changes: Any) -> TrainConfig:
         """`fast` on a few minutes' schedule: enough for the synthetic photos, and for a first look at one's own."""
-        return cls.fast(**{"preset": "quick", "epochs": 6, "ema": 0.99, "size": 256, **changes})
+        return cls.fast(**{"preset": "quick", "epochs": 6, "ema": 0.99, "repeats": 20, **changes})
 
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:

@@ -61,6 +61,21 @@ def test_python_dash_m_is_the_command_and_help_is_quick():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("what", ["import retina_seg", "from retina_seg import Segmenter", "from retina_seg import fit"])
+def test_importing_costs_little_beside_torch(what):
+    code = f"""
+import sys, time, torch
+start = time.perf_counter()
+{what}
+seconds = time.perf_counter() - start
+heavy = {{"matplotlib", "skimage", "sklearn", "scipy", "albumentations", "torchvision"}} & set(sys.modules)
+assert not heavy, heavy
+print(seconds)
+"""
+    shown = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert min(float(done.stdout) for done in shown) < 0.3
+
+
 def test_the_main_job_on_an_empty_folder_uses_synthetic_photos(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_set("results/synthetic-data", 3, 2, (64, 64), progress=False)
