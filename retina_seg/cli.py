@@ -380,13 +380,13 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("changes to the recipe", "what is not given is the recipe's own")
     group.add_argument("--epochs", type=int, help="passes (default: notebook 10, fast 40, general 36, quick 6)")
-    group.add_argument("--batch-size", type=int, help="photos a step (default: notebook 2, else 4)")
+    group.add_argument("--batch-size", type=int, help="photos a step (default: general 4, else 2)")
     group.add_argument("--learning-rate", type=float, help="its peak (default: notebook 1e-4, else 2e-3)")
     group.add_argument("--seed", type=int, help="of all that is drawn (default: 42)")
     group.add_argument(
         "--size",
         type=int,
-        help="side the network is fed, pixels (default: notebook 512, fast 384, else 256)",
+        help="side the network is fed, pixels (default: notebook 512, else 256)",
     )
     group.add_argument(
         "--validation",

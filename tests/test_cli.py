@@ -42,12 +42,12 @@ def test_the_defaults_in_the_help_are_the_recipes():
     text = " ".join(cli.build_parser()._subparsers._group_actions[0].choices["train"].format_help().split())
     for shown in (
         ", ".join(f"{name} {made[name].epochs}" for name in ("notebook", "fast", "general", "quick")),
-        f"notebook {made['notebook'].batch_size}, else {made['fast'].batch_size}",
-        f"notebook {made['notebook'].size}, fast {made['fast'].size}, else {made['quick'].size}",
+        f"general {made['general'].batch_size}, else {made['fast'].batch_size}",
+        f"notebook {made['notebook'].size}, else {made['fast'].size}",
     ):
         assert shown in text
-    assert made["fast"].batch_size == made["quick"].batch_size == made["general"].batch_size
-    assert made["general"].size == made["quick"].size
+    assert made["fast"].batch_size == made["quick"].batch_size == made["notebook"].batch_size
+    assert made["general"].size == made["quick"].size == made["fast"].size
     assert made["notebook"].learning_rate == 1e-4
     assert made["fast"].learning_rate == made["quick"].learning_rate == 2e-3
 
