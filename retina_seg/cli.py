@@ -111,7 +111,7 @@ def _test(options: argparse.Namespace) -> None:
         missing = "--output" if options.output is None else "--run"
         raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out photos")
     output = options.output or default_output(
-        options.run, options.protocol, options.part, options.flips, options.working_size
+        options.run, options.protocol, options.part, options.flips, options.working_size, options.recolour
     )
     value = test(
         options.run or options.checkpoint,
@@ -120,6 +120,7 @@ def _test(options: argparse.Namespace) -> None:
         options.protocol,
         options.threshold,
         options.part,
+        recolour=options.recolour,
         device=options.device,
         precision=options.precision,
         flips=options.flips,
@@ -283,6 +284,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--working-size", type=int, help="diameter the field of view is brought to (default: the checkpoint's)"
     )
     test.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")
+    test.add_argument(
+        "--recolour",
+        type=int,
+        default=0,
+        help="score each photo so many times in the drawn colours of other cameras (default: once, in its own)",
+    )
     test.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
     test.add_argument(
         "--precision",

@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import metrics, visualize
-from retina_seg.data import Pair, list_pairs, load_fov, load_pair, read_mask
+from retina_seg.data import Augmentation, Pair, augment_colour, list_pairs, load_fov, load_pair, read_mask
 from retina_seg.images import write_picture
 from retina_seg.model import count_parameters, load_checkpoint
 from retina_seg.predict import Segmenter, find_checkpoint
@@ -71,6 +72,16 @@ def _prepare(pair: Pair, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     return photo, label, fov, None if second is None else second > 127
 
 
+def _drawn_name(pair: Pair, draw: tuple[int, int]) -> Pair:
+    return replace(pair, name=f"{pair.name}-colours-{draw[1] + 1}")
+
+
+def _recoloured(photo: np.ndarray, draw: tuple[int, int]) -> np.ndarray:
+    """`photo` (H, W, 3) uint8 in the colours of the `draw` (number of the photo, number of the draw)."""
+    rng = np.random.default_rng([7, *draw])
+    return np.rint(augment_colour(photo.astype(np.float32) / 255, Augmentation(), rng) * 255).astype(np.uint8)
+
+
 def score_pairs(
     segmenter: Segmenter,
     pairs: Sequence[Pair],
@@ -78,10 +89,13 @@ def score_pairs(
     threshold: float | None = None,
     pictures: str | Path | None = None,
     progress: bool = True,
+    recolour: int = 0,
 ) -> dict[str, Any]:
     """Segment and score every pair.
 
     Args:
+        recolour: how many times each photo is scored in the drawn light and colours of other cameras
+            (`data.augment_colour`, its defaults, the same draws every time) instead of once in its own; 0: as it is.
         threshold: None: 0.5 under "notebook", the segmenter's own under "native".
         pictures: a folder for the strips (`<name>.png`) and the error overlays (`<name>_errors.png`); None: none.
 
@@ -98,6 +112,8 @@ def score_pairs(
         threshold = 0.5 if protocol == "notebook" else segmenter.threshold
     if not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
+    if not 0 <= recolour <= 100:
+        raise UserError(f"--recolour {recolour}: must lie between 0 and 100")
     regions = ("frame", "fov")
     totals = {region: metrics.SetScores() for region in regions}
     seconds_totals = {region: metrics.SetScores() for region in regions}
@@ -105,8 +121,18 @@ def score_pairs(
     if pictures is not None:
         pictures = create_dir(pictures)
 
+    shown = [(pair, (number, draw)) for number, pair in enumerate(pairs) for draw in range(recolour)]
+    shown = shown or [(pair, None) for pair in pairs]
+
+    def prepare(item: tuple[Pair, tuple[int, int] | None]) -> tuple[Pair, tuple]:
+        pair, draw = item
+        photo, *others = _prepare(pair, protocol)
+        return (
+            (pair, (photo, *others)) if draw is None else (_drawn_name(pair, draw), (_recoloured(photo, draw), *others))
+        )
+
     def segmented() -> Iterator[tuple]:
-        for pair, prepared in zip(pairs, ahead(lambda pair: _prepare(pair, protocol), pairs), strict=True):
+        for pair, prepared in ahead(prepare, shown):
             photo = prepared[0]
             start = time.perf_counter()
             try:  # the original's protocol keeps what the network says of the black surround
@@ -137,7 +163,7 @@ def score_pairs(
             sheet.append((scores["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
 
     # three at once: the next photo is read and the last one scored and drawn while the network is at this one
-    for _ in tqdm(ahead(scored, segmented()), desc="testing", unit="photo", total=len(pairs), disable=not progress):
+    for _ in tqdm(ahead(scored, segmented()), desc="testing", unit="photo", total=len(shown), disable=not progress):
         pass
     result: dict[str, Any] = {region: totals[region].summary() for region in regions}
     if seconds_totals["frame"].photos:
@@ -162,6 +188,7 @@ def test(
     part: str = "test",
     progress: bool = True,
     pictures: bool = True,
+    recolour: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Score `checkpoint` on one part of the set at `data` and write to `output`: metrics.json, metrics.csv, and pictures.
@@ -173,6 +200,7 @@ def test(
         checkpoint: as `Segmenter.load` takes it. options: as `Segmenter` takes them; precision float32 unless given,
             so that scores are the same on every machine.
         part: "test", or "validation": the training photos that the run `checkpoint` held out.
+        recolour: as `score_pairs` takes it.
 
     Returns:
         What metrics.json holds.
@@ -192,10 +220,13 @@ def test(
         "part": part,
         "flips": segmenter.flips,
         **({"working_size": working_size} if working_size else {}),
+        **({"recolour": recolour} if recolour else {}),
     }
     _refuse_other_scores(Path(output) / "metrics.json", what)
     output = create_dir(output)
-    result = score_pairs(segmenter, pairs, protocol, threshold, output / "images" if pictures else None, progress)
+    result = score_pairs(
+        segmenter, pairs, protocol, threshold, output / "images" if pictures else None, progress, recolour
+    )
     given = threshold is not None
     default_from = "fixed" if protocol == "notebook" else notes.get("threshold_from", "fixed")
     value = {
@@ -205,7 +236,7 @@ def test(
             "threshold": result["threshold"],
             "threshold_from": "given" if given else default_from,
             "selected_on": notes.get("selected_on", "unknown"),
-            "photos": len(pairs),
+            "photos": len(result["images"]),
         },
         "model": {
             "name": notes["model"],
@@ -231,12 +262,13 @@ def test(
 
 
 def default_output(
-    run: str | Path, protocol: str, part: str, flips: bool = False, working_size: int | None = None
+    run: str | Path, protocol: str, part: str, flips: bool = False, working_size: int | None = None, recolour: int = 0
 ) -> Path:
     """The folder for the scores of `run`: its own for the original's protocol on test photos, else one inside it."""
     below = [name for name, usual in ((part, "test"), (protocol, "notebook")) if name != usual]
     below += ["flips"] if flips else []
     below += [str(working_size)] if working_size else []
+    below += ["recoloured"] if recolour else []
     return Path(run, "-".join(below))
 
 
@@ -265,7 +297,9 @@ def _refuse_other_scores(path: Path, what: dict[str, Any]) -> None:
     if not path.exists():
         return
     there = read_json(path).get("protocol")
-    if not isinstance(there, dict) or any(there.get(key) != what.get(key) for key in (*what, "working_size")):
+    if not isinstance(there, dict) or any(
+        there.get(key) != what.get(key) for key in (*what, "working_size", "recolour")
+    ):
         held = f"{there.get('name')} on {there.get('data')}" if isinstance(there, dict) else "something else"
         raise UserError(f"{path}: holds other scores ({held}); choose another --output")
 

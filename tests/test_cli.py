@@ -61,7 +61,9 @@ def test_python_dash_m_is_the_command_and_help_is_quick():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("what", ["import retina_seg", "from retina_seg import Segmenter", "from retina_seg import fit"])
+@pytest.mark.parametrize(
+    "what", ["import retina_seg", "from retina_seg import Segmenter", "from retina_seg import fit"]
+)
 def test_importing_costs_little_beside_torch(what):
     code = f"""
 import sys, time, torch

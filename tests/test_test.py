@@ -12,7 +12,7 @@ import torch
 from sklearn import metrics as sk
 from torch import nn
 
-from retina_seg.data import Pair, list_pairs
+from retina_seg.data import Augmentation, Pair, augment_colour, list_pairs
 from retina_seg.images import read_photo, write_picture
 from retina_seg.predict import Segmenter
 from retina_seg.test import calculate_metrics, mask_parse, original_lines, score_pairs, table, test
@@ -122,6 +122,27 @@ def test_the_threshold_decides(tmp_path):
     pair = set_of_one(tmp_path)
     none = score_pairs(segmenter(), [pair], "native", threshold=0.9999, progress=False)
     assert none["frame"]["pooled"]["recall"] == 0
+
+
+def test_other_colours_are_drawn_the_same_every_time(tmp_path):
+    pair = set_of_one(tmp_path)
+    own = score_pairs(segmenter(), [pair], "native", progress=False)["images"]
+    first, again = (
+        score_pairs(segmenter(), [pair, pair], "native", progress=False, recolour=3)["images"] for _ in "ab"
+    )
+    assert [row["name"] for row in first] == [f"1-colours-{draw}" for draw in (1, 2, 3)] * 2
+    assert [row["frame"] for row in first] == [row["frame"] for row in again]
+    photo = read_photo(pair.image)
+    red = [
+        augment_colour(photo / np.float32(255), Augmentation(), np.random.default_rng([7, 1, draw]))[..., 0]
+        for draw in range(3)
+    ]
+    label = read_photo(pair.mask)[..., 0] > 127
+    expected = [((np.rint(r * 255) < 127.5) == label).mean() for r in red]  # what `Redness` calls vessel
+    assert [row["frame"]["accuracy"] for row in first[3:]] == pytest.approx(expected)
+    assert len({own[0]["frame"]["accuracy"], *expected}) > 2
+    with pytest.raises(UserError, match="--recolour -1"):
+        score_pairs(segmenter(), [pair], "native", recolour=-1)
 
 
 def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):
