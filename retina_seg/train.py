@@ -57,7 +57,7 @@ LOSSES = {"dice_bce": losses.dice_bce_loss, "dice": losses.dice_loss}
 
 @dataclass
 class TrainConfig:
-    """All that is needed to repeat a training. `notebook()`, `fast()` and `quick()` are the recipes that ship.
+    """All that is needed to repeat a training; the class methods below are the recipes that ship.
 
     Attributes:
         preset: the recipe's name, for tables.
@@ -161,6 +161,12 @@ class TrainConfig:
         return cls.fast(**{**recipe, **changes})
 
     @classmethod
+    def tiny(cls, **changes: Any) -> TrainConfig:
+        """`fast` with a ninth of its parameters (67,041) and a sixth of its arithmetic."""
+        narrow = {"width": 12, "deepest": 16, "fine": 8}
+        return cls.fast(**{"preset": "tiny", "model_arguments": narrow, **changes})
+
+    @classmethod
     def quick(cls, **changes: Any) -> TrainConfig:
         """`fast` on a few minutes' schedule: enough for the synthetic photos, and for a first look at one's own."""
         return cls.fast(**{"preset": "quick", "epochs": 6, "ema": 0.99, "repeats": 20, **changes})
@@ -222,6 +228,7 @@ PRESETS = {
     "notebook": TrainConfig.notebook,
     "fast": TrainConfig.fast,
     "general": TrainConfig.general,
+    "tiny": TrainConfig.tiny,
     "quick": TrainConfig.quick,
 }
 
