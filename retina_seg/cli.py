@@ -162,6 +162,13 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _export(options: argparse.Namespace) -> None:
+    from retina_seg.export import export
+
+    difference = export(options.weights, options.output)
+    _say(f"written to {options.output}; its probabilities differ from torch's by at most {difference:.1g}")
+
+
 def _prepare(options: argparse.Namespace) -> None:
     from retina_seg.prepare import prepare_set
 
@@ -330,6 +337,20 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--output", default="results/comparison", help="folder for table and picture (default: %(default)s)"
     )
+
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "write a network as an ONNX file, for programs without torch",
+        "export --weights general --output vessels.onnx",
+    )
+    export.add_argument(
+        "--weights",
+        default="general",
+        help="weights that ship, a checkpoint file, or a run's folder (default: %(default)s)",
+    )
+    export.add_argument("--output", required=True, help="the file; its name ends in .onnx")
 
     prepare = _command(
         commands, "prepare", _prepare, "bring a public set into the Data1 layout", "prepare drive DRIVE Data1"

@@ -154,6 +154,12 @@ class Segmenter:
 
     # ----------------------------------------------------------------------------------------- into the frame and back
 
+    @property
+    def margin(self) -> int:
+        """Pixels of black put around a photo in the frame, a multiple of the stride."""
+        # the field of view was cut out to its rim: give the rim its dark surround back, as it was trained
+        return 0 if self.frame["kind"] == "squeeze" else 2 * self.model.stride
+
     def _squeezed(self, photo: np.ndarray) -> np.ndarray:
         height, width = self.frame["size"]
         # bilinear, as the original's preparation
@@ -189,8 +195,7 @@ class Segmenter:
         """The probability (H, W) float32 for (H, W, 3) uint8 of any size, padded with black to the network's stride."""
         height, width = photo.shape[:2]
         stride = self.model.stride
-        # the field of view was cut out to its rim: give the rim its dark surround back, as it was trained
-        margin = 0 if self.frame["kind"] == "squeeze" else 2 * stride
+        margin = self.margin
         # two strides at least: the deepest level needs more than one pixel
         padded = [max(2 * stride, math.ceil((side + 2 * margin) / stride) * stride) for side in (height, width)]
         canvas = np.zeros((*padded, 3), np.uint8)

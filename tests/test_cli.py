@@ -15,7 +15,7 @@ from retina_seg import cli
 from retina_seg.images import read_label, read_photo, write_picture
 from retina_seg.synthetic import write_set
 
-COMMANDS = ("run", "train", "test", "predict", "compare", "prepare", "check", "synth", "bench")
+COMMANDS = ("run", "train", "test", "predict", "compare", "prepare", "check", "synth", "bench", "export")
 
 
 def call(*arguments) -> int:
