@@ -7,8 +7,11 @@ Ctrl-C, 143 by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 PRESET_NAMES = ("notebook", "fast", "general", "tiny", "quick")
 
@@ -18,35 +21,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file may be called what the terminal's alphabet has no letters for
             stream.reconfigure(errors="backslashreplace")
+    if "WORLD_SIZE" in os.environ:
+        return _one_of_several(arguments)
     options = build_parser().parse_args(arguments)
-    try:
-        return _call(options)
-    except KeyboardInterrupt as stop:  # in an import too, which takes seconds
-        print(f"retina-seg: {one_line(str(stop)) or 'stopped'}", file=sys.stderr)
-        return 128 + getattr(stop, "signal", 2)
+    options.group = None
+    return _call(options, lambda line: print(line, file=sys.stderr))
 
 
-def _call(options: argparse.Namespace) -> int:
+def _one_of_several(arguments: Sequence[str] | None) -> int:
+    """`main` as one of the processes that torchrun started: what they all have to say, one of them says."""
+    from retina_seg.distributed import join
     from retina_seg.utils import UserError
 
     try:
-        return options.call(options) or 0
+        with join() as group:
+            said = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                    options = build_parser().parse_args(arguments)
+            except SystemExit as stop:  # a bad option, or --help
+                group.say_once(said.getvalue().rstrip(), sys.stderr if stop.code else sys.stdout)
+                raise
+            options.group = group
+            return _call(options, group.say_once)
     except UserError as error:
         print(f"retina-seg: error: {one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def _call(options: argparse.Namespace, complain: Callable[[str], object]) -> int:
+    """The exit status of the command that was asked for; what is wrong goes to `complain`."""
+    try:
+        return _try(options, complain)
+    except KeyboardInterrupt as stop:  # in an import too, which takes seconds
+        complain(f"retina-seg: {one_line(str(stop)) or 'stopped'}")
+        return 128 + getattr(stop, "signal", 2)
+
+
+def _try(options: argparse.Namespace, complain: Callable[[str], object]) -> int:
+    from retina_seg.utils import UserError
+
+    try:
+        if options.group and options.group.size > 1 and options.call not in (_train, _predict):
+            raise UserError("several processes share train and predict only; run this command without torchrun")
+        return options.call(options) or 0
+    except UserError as error:
+        complain(f"retina-seg: error: {one_line(str(error))}")
+        return 2
     except FloatingPointError as error:
-        print(f"retina-seg: error: {one_line(str(error))}", file=sys.stderr)
+        complain(f"retina-seg: error: {one_line(str(error))}")
         return 1
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 1
     except OSError as error:  # what only the system knows: a name too long, a folder that may not be read, a full disk
         named = f"{error.filename}: " if error.filename else ""
-        print(f"retina-seg: error: {one_line(f'{named}{error.strerror or error}')}", file=sys.stderr)
+        complain(f"retina-seg: error: {one_line(f'{named}{error.strerror or error}')}")
         return 2
     except MemoryError:
-        print("retina-seg: error: the memory of this machine is too small for that", file=sys.stderr)
+        complain("retina-seg: error: the memory of this machine is too small for that")
         return 2
+    except RuntimeError as error:
+        from retina_seg.distributed import has_lost_another
+
+        if not options.group or not has_lost_another(error):
+            raise
+        complain(
+            "retina-seg: error: another process has ended (what torchrun reports says which, and how); what was saved is "
+            "good: go on with train --resume, or with the same predict"
+        )
+        return 1
 
 
 def one_line(message: str) -> str:
@@ -76,6 +120,7 @@ def _train(options: argparse.Namespace) -> None:
     from dataclasses import replace
     from pathlib import Path
 
+    from retina_seg.distributed import ALONE
     from retina_seg.train import PRESETS, TrainConfig, fit
     from retina_seg.utils import UserError
 
@@ -99,8 +144,10 @@ def _train(options: argparse.Namespace) -> None:
         else:
             preset = options.preset or "fast"
             config = PRESETS[preset](**{"output": f"results/{preset}", **changes})
-    done = fit(config, resume=bool(options.resume))
-    _say(f"written to {done.folder}: checkpoint.pth (epoch {done.best}), history.csv, curves.png, config.json")
+    group = options.group or ALONE
+    done = fit(config, resume=bool(options.resume), group=group)
+    if group.is_first:
+        _say(f"written to {done.folder}: checkpoint.pth (epoch {done.best}), history.csv, curves.png, config.json")
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -139,19 +186,24 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from retina_seg.distributed import ALONE
     from retina_seg.folder import DONE, segment_files, weights_id
     from retina_seg.predict import Segmenter, find_checkpoint
 
+    group = options.group or ALONE
     path = find_checkpoint(options.weights)
     choices = {
         "threshold": options.threshold,
         "working_size": options.working_size,
         "flips": options.flips,
     }
-    segmenter = Segmenter.load(path, device=options.device, precision=options.precision, **choices)
+    device = str(group.device(options.device))
+    segmenter = Segmenter.load(path, device=device, precision=options.precision, **choices)
     changed = [f"{name}={value}" for name, value in choices.items() if value]
     weights = " ".join([weights_id(path), *changed])
-    rows = segment_files(segmenter, options.photos, options.output, options.overwrite, weights)
+    rows = segment_files(segmenter, options.photos, options.output, options.overwrite, weights, group=group)
+    if not group.is_first:
+        return 0
     failed = [row for row in rows if row["status"] != DONE]
     for row in failed:
         print("retina-seg: " + one_line(f"{row['input']}: {row['status']}"), file=sys.stderr)
@@ -408,7 +460,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("changes to the recipe", "what is not given is the recipe's own")
     group.add_argument("--epochs", type=int, help="passes (default: notebook 10, general 36, quick 6, else 40)")
-    group.add_argument("--batch-size", type=int, help="photos a step (default: general 4, else 2)")
+    group.add_argument("--batch-size", type=int, help="photos a step and process (default: general 4, else 2)")
     group.add_argument("--learning-rate", type=float, help="its peak (default: notebook 1e-4, else 2e-3)")
     group.add_argument("--seed", type=int, help="of all that is drawn (default: 42)")
     group.add_argument(

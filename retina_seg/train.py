@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from retina_seg import data as sets
 from retina_seg import loss as losses
+from retina_seg.distributed import ALONE, Group, own_session, share
 from retina_seg.metrics import best_threshold
 from retina_seg.model import build_model, count_parameters, load_model, save_model
 from retina_seg.resume import LAST, PREVIOUS, StopSignals, TrainingStopped, load_last, remove_leftovers, save_last
@@ -37,7 +38,6 @@ from retina_seg.utils import (
     autocast,
     available_memory,
     check_types,
-    choose_device,
     choose_precision,
     create_dir,
     environment,
@@ -70,7 +70,8 @@ class TrainConfig:
         working_diameter: what it is brought to where the network is validated and used; None: the training's.
         augmentation: changes to `data.Augmentation`'s defaults, by name; with "fov" only.
         repeats: windows a photo and epoch; with "fov" only.
-        epochs, batch_size, learning_rate, weight_decay, seed: as usual. Weight decay above 0 makes Adam AdamW.
+        epochs, batch_size, learning_rate, weight_decay, seed: as usual. Weight decay above 0 makes Adam AdamW. The batch
+            size is that of each process: several processes (`distributed`) see the photos of one with so many times it.
         loss: "dice_bce" or "dice".
         warmup: share of the steps in which the learning rate rises to its peak; then it falls by a cosine to 0. None:
             it stays as it is (the original's).
@@ -249,6 +250,7 @@ class NotFinite(FloatingPointError):
         self.batch, self.what = batch, what
 
 
+NOT_FINITE = 1_000  # what a process tells the others when it meets this; signals have lower numbers
 GPU_CHECK = 25  # steps between two looks at a GPU's losses: each look makes it wait
 
 
@@ -483,46 +485,59 @@ class Run:
     model: nn.Module
 
 
-def fit(config: TrainConfig, resume: bool = False, progress: bool = True) -> Run:
+def fit(config: TrainConfig, resume: bool = False, progress: bool = True, group: Group = ALONE) -> Run:
     """Train by `config` and write its run folder: config.json, history.csv, curves.png, checkpoint.pth, last.pth.
 
     SIGINT and SIGTERM end it behind the step at hand, saved.
+
+    Several processes share out each batch of `batch_size` times their number, the photos and steps being those of one
+    process with such a batch. Three things are not its: the dice is the mean of the processes' dice, not that of the joined
+    batch; BatchNorm and dropout are each process's own. The first process alone averages the weights, validates, writes
+    and prints, while the others wait.
 
     Args:
         resume: go on with the run in `config.output` where it stopped, in the middle of an epoch too; its weights end
             equal to those of a run that never stopped, to the bit on one kind of processor.
         progress: show a progress bar, and a line an epoch as the original does.
+        group: the processes that train together (`distributed.join`); each calls this, and each gets the same back.
 
     Raises:
         UserError: a value of `config` that cannot be, data that cannot be read, a folder that may not be written to,
-            or one that already holds a run while `resume` is off; too little memory or disk.
+            or one that already holds a run while `resume` is off; too little memory or disk; a run to go on with that
+            another number of processes began.
         NotFinite: the loss or a gradient is not finite; the message names the photos and what is kept.
         resume.TrainingStopped: by a signal.
     """
     config.check()
-    device = choose_device(config.device)
+    device = group.device(config.device)
     precision = choose_precision(config.precision, device)
     seeding(config.seed)
     model = build_model(config.model, **config.model_arguments)
+    if group.rank:
+        torch.manual_seed(config.seed + group.rank)  # or every process would drop the same feature maps
     opened = _open_data(config, model.stride)
-    folder = _run_folder(config, resume)
-    _check_room(config, model, device, precision, folder)
-    for line in opened.remarks:
-        tqdm.write(line)
-    loop = _Loop(config, opened, model, device, precision, folder)
+    group.meet(device)
+    folder = group.from_first(lambda: _run_folder(config, resume, group.size))
+    _check_room(config, model, device, precision, folder, group.local_size)
+    progress = progress and group.is_first
+    loop = _Loop(config, opened, model, device, precision, folder, group)
+    if group.is_first:
+        for line in opened.remarks:
+            tqdm.write(line)
     if resume:
         loop.take_up()
-    else:
-        write_json(folder / "config.json", _describe(config, opened, model, device, precision))
+    elif group.is_first:
+        write_json(folder / "config.json", _describe(config, opened, model, device, precision, group.size))
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
     with contextlib.closing(bar), StopSignals() as signals:
         for _ in range(loop.state["epoch"], config.epochs):
             row, better = loop.epoch(signals, bar)
             if progress:
                 tqdm.write(epoch_line(row, better))
-            if signals.received and loop.state["epoch"] < config.epochs:
-                loop.stopped(signals.received)
-    return loop.finish()
+            asked = group.highest(signals.received)
+            if asked and loop.state["epoch"] < config.epochs:
+                loop.stopped(asked)
+    return group.from_first(loop.finish)
 
 
 class _Loop:
@@ -536,14 +551,17 @@ class _Loop:
         device: torch.device,
         precision: torch.dtype,
         folder: Path,
+        group: Group = ALONE,
     ) -> None:
         self.config, self.opened, self.device, self.precision, self.folder = config, opened, device, precision, folder
+        self.group = group
         self.model = model.to(device, memory_format=torch.channels_last)
+        self.parallel = group.parallel(self.model, device)
         self.optimizer = make_optimizer(model, config)
-        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.average = WeightAverage(model, config.ema) if config.ema and group.is_first else None
         self.kept = self.average.model if self.average else self.model
         self.loss_fn = LOSSES[config.loss]
-        self.steps_an_epoch = math.ceil(len(opened.training) / config.batch_size)
+        self.steps_an_epoch = math.ceil(len(opened.training) / (config.batch_size * group.size))
         self.steps = config.epochs * self.steps_an_epoch
         # losses and seconds: of the epoch under way; random: of torch, at its start
         self.state = {
@@ -568,16 +586,24 @@ class _Loop:
 
     def epoch(self, signals: StopSignals, bar: tqdm) -> tuple[dict[str, float], bool]:
         """Train, validate and save one epoch, or what is left of it. Returns its row, and whether its weights were kept."""
-        config, state = self.config, self.state
+        config, state, group = self.config, self.state, self.group
         start = time.time() - state["seconds"]
         before = [torch.tensor(value, device=self.device) for value in state["losses"]]
         if not before:
-            self.random_at_start = torch.get_rng_state()
+            self.random_at_start = group.from_first(torch.get_rng_state)  # one order for all
         self._set_rate()
-        batches = _Batches(self.opened.training, config, state["epoch"], skip=len(before))
-        loader = _started_again(batches, self.random_at_start) if before else batches.loader
+        batches = _Batches(self.opened.training, config, state["epoch"], len(before), group)
+        loader = _started_again(batches, self.random_at_start) if before or group.rank else batches.loader
         if not config.workers:
             loader = _prefetched(loader)
+        loss_fn = self.loss_fn if group.size == 1 else batches.weighted(self.loss_fn)
+
+        def agree(number: int) -> int:
+            """The highest of the processes' numbers; every process asks behind every step, and behind the pass."""
+            highest = group.highest(number)
+            if highest == NOT_FINITE:
+                raise NotFinite(0, "elsewhere")
+            return highest
 
         def after_step(losses_seen: list[Tensor]) -> None:
             state["step"] += 1
@@ -585,31 +611,36 @@ class _Loop:
                 self.average.update(self.model, state["step"])
             self._set_rate()
             bar.update()
+            asked = agree(signals.received)
             if len(losses_seen) == self.steps_an_epoch:
                 return  # the epoch's end saves
-            if signals.received or state["step"] % config.save_every == 0:
-                state["losses"], state["seconds"] = torch.stack(losses_seen).tolist(), time.time() - start
+            if asked or state["step"] % config.save_every == 0:
+                state["losses"], state["seconds"] = group.mean(torch.stack(losses_seen)).tolist(), time.time() - start
                 self.save()
-                if signals.received:
-                    self.stopped(signals.received)
+                if asked:
+                    self.stopped(asked)
 
         try:
             train_loss = train(
-                self.model,
+                self.parallel,
                 loader,
                 self.optimizer,
-                self.loss_fn,
+                loss_fn,
                 self.device,
                 self.precision,
                 config.clip,
                 after_step,
                 before,
             )
+            agree(0)
         except NotFinite as error:
+            if error.what != "elsewhere":
+                group.highest(NOT_FINITE)  # those without it are asking whether to stop
             raise self._named(error, batches) from None
+        train_loss = group.mean(torch.tensor(train_loss)).item() if group.size > 1 else train_loss
         row = {"epoch": state["epoch"] + 1, "train_loss": train_loss}
         row |= {"validation_loss": math.nan, "validation_f1": math.nan}
-        if self.opened.validation:
+        if self.opened.validation and group.is_first:
             whole = DataLoader(self.opened.validation, batch_size=config.batch_size if config.frame == "squeeze" else 1)
             row["validation_loss"], row["validation_f1"] = evaluate_with_f1(
                 self.kept, whole, self.loss_fn, self.device, self.precision
@@ -626,7 +657,8 @@ class _Loop:
             state["best"], state["best_loss"] = state["epoch"], row["validation_loss"]
             self._save_kept(epoch=state["epoch"])
         self.save()
-        write_history(self.folder / "history.csv", state["history"])
+        if group.is_first:
+            write_history(self.folder / "history.csv", state["history"])
         return row, better
 
     def _set_rate(self) -> None:
@@ -635,7 +667,12 @@ class _Loop:
             group["lr"] = self.config.learning_rate * share
 
     def _named(self, error: NotFinite, batches: _Batches) -> NotFinite:
-        names = ", ".join(batches.names(error.batch))
+        mine = () if error.what == "elsewhere" else (error.what, error.batch, batches.names(error.batch))
+        seen = [other for other in self.group.gather(mine) if other]
+        # gradients are common to all: where one process has a loss that is none, its photos are the ones to look at
+        seen = [other for other in seen if other[0] == "loss"] or seen
+        error.what, error.batch, _ = seen[0]
+        names = ", ".join(name for _, _, photos in seen for name in photos)
         what = self.folder / (LAST if (self.folder / LAST).exists() else "config.json")
         error.args = (
             f"the {error.what} is not a finite number at step {error.batch + 1} of epoch {self.state['epoch'] + 1}, "
@@ -645,14 +682,21 @@ class _Loop:
         return error
 
     def _save_kept(self, **notes: Any) -> None:
+        if not self.group.is_first:
+            return
         path = self.folder / "checkpoint.pth"
         save_model(path, self.kept, self.config.model, self.config.model_arguments, **notes, **self.notes)
 
     def save(self) -> None:
-        """Write last.pth."""
+        """Write last.pth: the first process, with the random states of all."""
         random_states = {"start": self.random_at_start, "now": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state(self.device)
+        others = self.group.gather(random_states)[1:]
+        if not self.group.is_first:
+            return
+        if others:
+            random_states["others"] = others
         value = {
             "state": self.state,
             "model": self.model.state_dict(),
@@ -664,12 +708,8 @@ class _Loop:
 
     def take_up(self) -> None:
         """Go back to where the run in the folder stopped."""
-        remove_leftovers(self.folder)
-        value, damaged = load_last(self.folder)
-        for line in damaged:
-            tqdm.write(f"{line}; going on from the one before")
+        value = self.group.from_first(self._read_last)
         if value is None:
-            tqdm.write(f"{self.folder}: nothing was saved yet; starting at the first step")
             return
         try:
             self.model.load_state_dict(value["model"])
@@ -678,20 +718,32 @@ class _Loop:
             self.optimizer.load_state_dict(value["optimizer"])
             self.state.update(value["state"])
             self.random_at_start = value["random"]["start"]
-            torch.set_rng_state(value["random"]["now"])
-            if "cuda" in value["random"] and self.device.type == "cuda":
-                torch.cuda.set_rng_state(value["random"]["cuda"], self.device)
+            rank = self.group.rank
+            mine = value["random"]["others"][rank - 1] if rank else value["random"]
+            torch.set_rng_state(mine["now"])
+            if "cuda" in mine and self.device.type == "cuda":
+                torch.cuda.set_rng_state(mine["cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.folder / LAST}: is not of this recipe, or of another version of the package "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:80]}); train anew with another --output"
             ) from None
 
+    def _read_last(self) -> dict[str, Any] | None:
+        remove_leftovers(self.folder)
+        value, damaged = load_last(self.folder)
+        for line in damaged:
+            tqdm.write(f"{line}; going on from the one before")
+        if value is None:
+            tqdm.write(f"{self.folder}: nothing was saved yet; starting at the first step")
+        return value
+
     def stopped(self, number: int) -> None:
         """Raises TrainingStopped."""
+        command = "retina-seg" if self.group.size == 1 else f"torchrun (of {self.group.size} processes) -m retina_seg"
         message = (
             f"stopped at step {self.state['step']} of {self.steps}, saved; "
-            f"go on with: retina-seg train --resume {shlex.quote(str(self.folder))}"
+            f"go on with: {command} train --resume {shlex.quote(str(self.folder))}"
         )
         raise TrainingStopped(message, number)
 
@@ -717,13 +769,14 @@ class _Batches:
 
     Args:
         skip: how many batches, at the beginning, not to load.
+        group: shares each batch, of `batch_size` photos for every process, out among them.
 
     Attributes:
-        loader: gives the batches.
+        loader: gives the batches, or this process's shares of them.
     """
 
-    def __init__(self, dataset: Any, config: TrainConfig, epoch: int, skip: int = 0) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, config: TrainConfig, epoch: int, skip: int = 0, group: Group = ALONE) -> None:
+        self.dataset, self._group = dataset, group
         if config.frame == "squeeze":
             sampler: Iterable[int] = RandomSampler(dataset)
         else:
@@ -731,12 +784,14 @@ class _Batches:
             generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
             sampler = torch.randperm(len(dataset), generator=generator).tolist()
         self.drawn: list[list[int]] = []
-        self._sampler = BatchSampler(sampler, config.batch_size, drop_last=False)
+        self._sampler = BatchSampler(sampler, config.batch_size * group.size, drop_last=False)
         self._skip = skip
-        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=config.workers)
+        alone = {} if group.store is None else {"worker_init_fn": own_session}
+        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=config.workers, **alone)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._sampler:
+        for whole in self._sampler:
+            batch, _ = share(whole, self._group)
             self.drawn.append(batch)
             if len(self.drawn) > self._skip:
                 yield batch
@@ -744,8 +799,15 @@ class _Batches:
     def __len__(self) -> int:
         return len(self._sampler) - self._skip
 
+    def weighted(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """`loss_fn` for one call a batch, such that the mean over the processes counts every photo alike (`share`)."""
+        size, photos = self._sampler.batch_size, len(self.dataset)
+        starts = range(self._skip * size, photos, size)
+        weights = iter([share(list(range(min(size, photos - start))), self._group)[1] for start in starts])
+        return lambda logits, masks: loss_fn(logits, masks) * next(weights)
+
     def names(self, batch: int) -> list[str]:
-        """The names of the photos in a batch, counted from the epoch's start."""
+        """The names of the photos in a batch, or this process's share of it, counted from the epoch's start."""
         return [self.dataset.photo_name(index) for index in self.drawn[batch]]
 
 
@@ -794,7 +856,7 @@ def epoch_line(row: dict[str, float], kept: bool) -> str:
     return line
 
 
-def _run_folder(config: TrainConfig, resume: bool) -> Path:
+def _run_folder(config: TrainConfig, resume: bool, processes: int = 1) -> Path:
     folder = create_dir(config.output)
     there = [name for name in (LAST, PREVIOUS, "checkpoint.pth") if (folder / name).exists()]
     if resume and not there and not (folder / "config.json").exists():
@@ -803,6 +865,12 @@ def _run_folder(config: TrainConfig, resume: bool) -> Path:
         raise UserError(f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it")
     if resume and (folder / "config.json").exists():
         _check_same_recipe(config, folder / "config.json")
+        began = read_json(folder / "config.json").get("processes", 1)
+        if began != processes:  # other batches, other random states
+            raise UserError(
+                f"{folder / 'config.json'}: this run was begun by {began} process{'es' * (began != 1)}, these are "
+                f"{processes}; go on with as many (torchrun's --nnodes times --nproc_per_node), or train anew"
+            )
     probe = folder / ".write-test"
     try:  # said now, not after the first epoch
         probe.touch()
@@ -849,7 +917,7 @@ def training_memory(model: nn.Module, batch_size: int, size: int, precision: tor
 
 
 def _check_room(
-    config: TrainConfig, model: nn.Module, device: torch.device, precision: torch.dtype, folder: Path
+    config: TrainConfig, model: nn.Module, device: torch.device, precision: torch.dtype, folder: Path, sharing: int = 1
 ) -> None:
     """Raises UserError where memory or disk cannot hold this training, before hours are spent on it."""
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -864,6 +932,8 @@ def _check_room(
         training_memory(model, config.batch_size, config.size, precision) + 4 * weights,
         available_memory(device),
     )
+    if free is not None and device.type == "cpu":
+        free //= sharing  # the processes on this machine
     if free is not None and free < needed:
         raise UserError(
             f"--batch-size {config.batch_size}, --size {config.size}: a training step needs about {needed / 2**30:.1f} GB "
@@ -872,11 +942,17 @@ def _check_room(
 
 
 def _describe(
-    config: TrainConfig, opened: _Loaders, model: nn.Module, device: torch.device, precision: torch.dtype
+    config: TrainConfig,
+    opened: _Loaders,
+    model: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    processes: int,
 ) -> dict[str, Any]:
     return {
         "recipe": dataclasses.asdict(config),
         "parameters": count_parameters(model),
+        "processes": processes,
         "frame": opened.frame,
         "training": opened.training_names,
         "validation": opened.validation_names,
