@@ -3,16 +3,24 @@
 For every photo: `<name>_probability.png` (16 bit: 65,535 is certain vessel), `<name>_vessels.png` (0/255) and
 `<name>_overlay.png`, at the photo's own size, upright; and a row in `summary.csv`. The summary is also the memory of the
 folder: a photo that it calls done is skipped, and a name once given to a photo is never given to another one.
+
+Several processes (`distributed`) share the photos out by `.plan.csv`, in which the first one writes what is to be done,
+and by which name, before any starts: each takes every n-th line, so no two have one photo, and all names are those that
+one process would give. Each writes its rows to a table of its own, `.summary.<rank>.csv`, line by line; the first merges
+these at the end, and whoever starts next after a sudden end. The folder must be one that all of them see.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +28,18 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
+from retina_seg.distributed import ALONE, Group
 from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import PHOTO_ENDINGS, natural_key, read_photo, write_picture
 from retina_seg.predict import Segmenter
-from retina_seg.utils import UserError, create_dir, write_text
+from retina_seg.utils import UserError, ahead, create_dir, write_text
 from retina_seg.visualize import vessel_overlay
 
 OUTPUTS = ("probability", "vessels", "overlay")
 COLUMNS = ("input", "name", "width", "height", "fov_diameter", "vessel_share", "seconds", "weights", "status")
 DONE = "ok"
 SAVE_EVERY = 10.0  # seconds between two writings of the summary
+PLAN, PLAN_COLUMNS = ".plan.csv", ("input", "name", "path")
 
 
 def find_photos(inputs: Iterable[str | Path], output: str | Path | None = None) -> list[Path]:
@@ -85,6 +95,7 @@ def segment_files(
     overwrite: bool = False,
     weights: str = "",
     progress: bool = True,
+    group: Group = ALONE,
 ) -> list[dict[str, Any]]:
     """Segment every photo among `inputs` into the folder `output`.
 
@@ -92,70 +103,174 @@ def segment_files(
         overwrite: segment again what the summary calls done; else only what is new, changed, failed before, or was
             done with other `weights`.
         weights: what stands in the summary for the weights and options.
+        group: the processes that share the photos out; each calls this.
 
     Returns:
         The rows of the photos of this call, in their order, as in summary.csv, with "skipped" added: whether the photo
         had been done before. The status of a photo that could not be segmented says why; it is `DONE` for the others.
+        Of several processes, the first returns all rows and the others none.
 
     Raises:
         UserError: no photos, an input that does not exist, a folder that may not be written to, a full disk.
     """
+    if not group.is_first:
+        _do_share(segmenter, Path(output), weights, group, progress=False)
+        return []
     output = create_dir(output)
     summary = output / "summary.csv"
     memory = read_summary(summary)
-    made = {f"{row['name']}_{kind}.png" for row in memory.values() for kind in OUTPUTS}
-    photos = [
-        path
+    _merge(memory, output)
+    photos, tasks = _plan(inputs, output, memory, overwrite, weights)
+    if tasks or group.size > 1:  # names given are kept by a call that is broken off
+        _write_table(output / PLAN, PLAN_COLUMNS, tasks)
+    if group.size > 1:
+        group.note("plan")
+        _do_share(segmenter, output, weights, group, progress)
+        group.wait_for(*(f"done {rank}" for rank in range(group.size)))
+        _merge(memory, output)
+    else:
+        done, saved = len(photos) - len(tasks), time.monotonic()
+        rows = _do(segmenter, tasks, output, weights)
+        try:
+            for row in tqdm(rows, "segmenting", len(photos), initial=done, unit="photo", disable=not progress):
+                memory[row["input"]] = row
+                if time.monotonic() - saved > SAVE_EVERY:
+                    write_summary(summary, memory.values())
+                    saved = time.monotonic()
+        finally:
+            write_summary(summary, memory.values())
+    (output / PLAN).unlink(missing_ok=True)
+    new = {task["input"] for task in tasks}
+    return [{**memory[key], "skipped": key not in new} for key in photos]
+
+
+def _plan(
+    inputs: Sequence[str | Path], output: Path, memory: dict[str, dict[str, Any]], overwrite: bool, weights: str
+) -> tuple[list[str], list[dict[str, str]]]:
+    """The identities of all photos among `inputs`; and for each that is to be done, its (input, name, path)."""
+    before = {key: row["name"] for key, row in memory.items()}
+    with contextlib.suppress(FileNotFoundError):  # what a broken-off call gave names to, done or not
+        before = {row["input"]: row["name"] for row in _read_table(output / PLAN, PLAN_COLUMNS, header=True)} | before
+    made = {f"{name}_{kind}.png" for name in before.values() for kind in OUTPUTS}
+    photos = {
+        str(_identity(path)): path
         for path in find_photos(inputs, output)
         # when photos and pictures share a folder, yesterday's overlay is no photo
         if not (path.name in made and _identity(path).parent == output.resolve())
-    ]
-    sources = {_identity(path) for path in photos}
-    names = {row["name"].casefold() for row in memory.values()}
-    rows = []
-    saved = time.monotonic()
-    try:
-        for path in tqdm(photos, desc="segmenting", unit="photo", disable=not progress):
-            key = str(_identity(path))
-            before = memory.get(key)
-            if before and not overwrite and before["weights"] == weights and _is_done(before, path, output):
-                rows.append({**before, "skipped": True})
-                continue
-            name = before["name"] if before else _free_name(path.stem, names, output, sources)
-            names.add(name.casefold())
-            row = {"input": key, "name": name, "weights": weights, **_segment(segmenter, path, output / name)}
-            memory[key] = row
-            rows.append({**row, "skipped": False})
-            if time.monotonic() - saved > SAVE_EVERY:
-                write_summary(summary, memory.values())
-                saved = time.monotonic()
-    finally:
-        write_summary(summary, memory.values())
-    return rows
+    }
+    sources = {Path(key) for key in photos}
+    names = {name.casefold() for name in before.values()}
+    tasks = []
+    for key, path in photos.items():
+        row = memory.get(key)
+        if row and not overwrite and row["weights"] == weights and _is_done(row, path, output):
+            continue
+        name = before.get(key) or _free_name(path.stem, names, output, sources)
+        names.add(name.casefold())
+        tasks.append({"input": key, "name": name, "path": str(path)})
+    return list(photos), tasks
 
 
-def _segment(segmenter: Segmenter, path: Path, target: Path) -> dict[str, Any]:
-    """Segment one photo and write its three pictures; the rest of its row. A photo that cannot be read is only said."""
-    start = time.perf_counter()
-    row: dict[str, Any] = dict.fromkeys(("width", "height", "fov_diameter", "vessel_share", "seconds"), "")
+def _do(segmenter: Segmenter, tasks: Iterable[dict[str, str]], output: Path, weights: str) -> Iterator[dict[str, Any]]:
+    """Segment the photos of these lines of the plan; their rows, in order.
+
+    Three are under way at once: the next one is read and the last one written while the network is at this one.
+    """
+
+    def answered() -> Iterator[_Photo]:
+        for photo in ahead(_Photo.read, tasks):
+            photo.segment(segmenter)
+            yield photo
+
+    def write(photo: _Photo) -> dict[str, Any]:
+        found = photo.write(output / photo.task["name"], segmenter.threshold)
+        return {"input": photo.task["input"], "name": photo.task["name"], "weights": weights, **found}
+
+    yield from ahead(write, answered())
+
+
+def _do_share(segmenter: Segmenter, output: Path, weights: str, group: Group, progress: bool) -> None:
+    """Segment every n-th photo of the plan, once there is one, and note that it is done."""
+    group.wait_for("plan")
     try:
-        photo = read_photo(path)
-        fov = find_fov(photo)
-        probability = segmenter(photo, fov)
-    except UserError as error:
-        return {**row, "status": str(error).removeprefix(f"{path}: ")}
-    except (MemoryError, RuntimeError, cv2.error) as error:  # a photo too large for this machine is no reason to stop
-        return {**row, "status": f"could not be segmented here ({type(error).__name__}: {str(error)[:80]})"}
-    vessels = probability > segmenter.threshold
-    # a picture of the folder is whole or not there; a disk that is full or locked ends the work: it would fail for all
-    write_picture(target.with_name(f"{target.name}_probability.png"), to_16_bit(probability))
-    write_picture(target.with_name(f"{target.name}_vessels.png"), vessels.astype(np.uint8) * np.uint8(255))
-    write_picture(target.with_name(f"{target.name}_overlay.png"), vessel_overlay(photo, vessels))
-    inside = int(np.count_nonzero(fov))
-    row["height"], row["width"] = photo.shape[:2]
-    row["fov_diameter"] = round(fov_diameter(fov)) if inside else 0
-    row["vessel_share"] = f"{np.count_nonzero(vessels) / inside:.4f}" if inside else ""
-    return {**row, "seconds": f"{time.perf_counter() - start:.3f}", "status": DONE}
+        tasks = list(
+            itertools.islice(_read_table(output / PLAN, PLAN_COLUMNS, header=True), group.rank, None, group.size)
+        )
+    except FileNotFoundError:
+        raise UserError(f"{output}: is not the folder that the first process sees; all need a common one") from None
+    with open(
+        output / f".summary.{group.rank}.csv", "a", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows = _do(segmenter, tasks, output, weights)
+        for row in tqdm(rows, "segmenting (first process)", len(tasks), unit="photo", disable=not progress):
+            writer.writerow(row)
+            file.flush()  # a process that is killed has lost the photos at hand, no more
+    group.note(f"done {group.rank}")
+
+
+def _merge(memory: dict[str, dict[str, Any]], output: Path) -> None:
+    """Take what the processes of a call have written, whether it ended or broke off, into `memory` and the summary."""
+    tables = sorted(output.glob(".summary.*.csv"))
+    for table in tables:
+        memory.update((row["input"], row) for row in _read_table(table, COLUMNS))
+    if tables:
+        write_summary(output / "summary.csv", memory.values())
+    for table in tables:
+        table.unlink()
+
+
+@dataclass
+class _Photo:
+    """A photo on its way through `_do`. One that cannot be read or segmented is only said, by its status."""
+
+    task: dict[str, str]
+    seconds: float = 0.0
+    status: str = DONE
+    pixels: np.ndarray | None = None
+    fov: np.ndarray | None = None
+    probability: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, task: dict[str, str]) -> _Photo:
+        photo = cls(task)
+        with photo._step():
+            photo.pixels = read_photo(task["path"])
+            photo.fov = find_fov(photo.pixels)
+        return photo
+
+    def segment(self, segmenter: Segmenter) -> None:
+        if self.status == DONE:
+            with self._step():
+                self.probability = segmenter(self.pixels, self.fov)
+
+    def write(self, target: Path, threshold: float) -> dict[str, Any]:
+        """Write the three pictures; what the row says of the photo."""
+        row: dict[str, Any] = dict.fromkeys(("width", "height", "fov_diameter", "vessel_share", "seconds"), "")
+        if self.status != DONE:
+            return {**row, "status": self.status}
+        start = time.perf_counter()
+        vessels = self.probability > threshold
+        # a picture of the folder is whole or not there; a disk that is full or locked ends the work: it would fail for all
+        write_picture(target.with_name(f"{target.name}_probability.png"), to_16_bit(self.probability))
+        write_picture(target.with_name(f"{target.name}_vessels.png"), vessels.astype(np.uint8) * np.uint8(255))
+        write_picture(target.with_name(f"{target.name}_overlay.png"), vessel_overlay(self.pixels, vessels))
+        inside = int(np.count_nonzero(self.fov))
+        row["height"], row["width"] = vessels.shape
+        row["fov_diameter"] = round(fov_diameter(self.fov)) if inside else 0
+        row["vessel_share"] = f"{np.count_nonzero(vessels) / inside:.4f}" if inside else ""
+        return {**row, "seconds": f"{self.seconds + time.perf_counter() - start:.3f}", "status": DONE}
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except UserError as error:
+            self.status = str(error).removeprefix(f"{self.task['path']}: ")
+        except (MemoryError, RuntimeError, cv2.error) as error:  # a photo too large for this machine: no reason to stop
+            self.status = f"could not be segmented here ({type(error).__name__}: {str(error)[:80]})"
+        self.seconds += time.perf_counter() - start
 
 
 def to_16_bit(probability: np.ndarray) -> np.ndarray:
@@ -214,8 +329,19 @@ def read_summary(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def write_summary(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write the rows to `path`, by name, whole or not at all."""
+    _write_table(path, COLUMNS, sorted(rows, key=lambda row: natural_key(row["name"])))
+
+
+def _write_table(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: natural_key(row["name"])))
+    writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def _read_table(path: Path, columns: Sequence[str], header: bool = False) -> Iterator[dict[str, str]]:
+    """The rows of a table of our own; a last one that was cut short as its process was killed is left out."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, None if header else columns)
+        yield from (row for row in reader if set(row) == set(columns) and None not in row.values())

@@ -146,12 +146,21 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int = 1) 
     """`function(item)` for every item, in order, worked out in a thread up to `depth` items before it is asked for.
 
     For reading, scoring and writing beside a network: what they call (OpenCV, NumPy, zlib) lets other threads run. An
-    error is raised where its result is asked for; who stops asking waits for what is under way.
+    error of `function`, or of `items`, is raised behind the results of all items before; who stops asking waits for what
+    is under way.
     """
+    source, failed = iter(items), None
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future] = deque()
         try:
-            for item in items:
+            while True:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                except BaseException as error:  # Ctrl-C too: what was begun before is still handed out
+                    failed = error
+                    break
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > depth:
                     yield waiting.popleft().result()
@@ -160,6 +169,8 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int = 1) 
         finally:
             for future in waiting:
                 future.cancel()
+    if failed is not None:
+        raise failed
 
 
 # --------------------------------------------------------------------------------------------------- files, all or none

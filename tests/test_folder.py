@@ -196,7 +196,7 @@ def test_photos_are_upright(segmenter, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_was_done(segmenter, photos, tmp_path, monkeypatch):
-    real, calls = folder._segment, []
+    real, calls = Segmenter.__call__, []
 
     def stop_at_the_third(*arguments):
         calls.append(1)
@@ -204,11 +204,23 @@ def test_an_interrupted_run_keeps_what_was_done(segmenter, photos, tmp_path, mon
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(folder, "_segment", stop_at_the_third)
+    monkeypatch.setattr(Segmenter, "__call__", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(segmenter, [photos], tmp_path / "out")
     monkeypatch.undo()
     assert [row["skipped"] for row in run(segmenter, [photos], tmp_path / "out")] == [True, True, False]
+
+
+def test_a_call_that_was_killed_leaves_its_names_to_the_next(segmenter, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "write_summary", lambda *_: None)  # the pictures are there, the summary is not
+    run(segmenter, [photos], tmp_path / "out")
+    monkeypatch.undo()
+    files = {"a": photos / "a.png", "b": photos / "b.jpg", "c": photos / "below/c.tif"}
+    plan = [{"input": str(file.resolve()), "name": name, "path": str(file)} for name, file in files.items()]
+    folder._write_table(tmp_path / "out" / folder.PLAN, folder.PLAN_COLUMNS, plan)
+    rows = run(segmenter, [photos], tmp_path / "out")
+    assert [(row["name"], row["skipped"]) for row in rows] == [(name, False) for name in files]
+    assert not (tmp_path / "out" / folder.PLAN).exists()
 
 
 def test_somebody_elses_summary_is_not_replaced(segmenter, photos, tmp_path):

@@ -301,3 +301,15 @@ def test_ahead_works_beside_its_caller():
 
     here = threading.get_ident()
     assert all(ident != here for ident in utils.ahead(lambda _: threading.get_ident(), range(3)))
+
+
+def test_ahead_hands_out_what_was_begun_before_its_source_fails():
+    def items():
+        yield from (1, 2)
+        raise KeyboardInterrupt
+
+    results, seen = utils.ahead(lambda number: number, items()), []
+    with pytest.raises(KeyboardInterrupt):
+        for number in results:
+            seen.append(number)
+    assert seen == [1, 2]
