@@ -5,6 +5,9 @@ not counted. What is asserted of a machine elsewhere is its median and quartiles
 
 The original's way is its notebooks': float32, contiguous tensors, batch 1 in evaluation, batch 2 in training, eager, a
 `.item()` at every step, scores by five passes of scikit-learn. Its code is re-enacted here, not copied.
+
+What remains is shown beside it: the time that a network's multiply-adds alone would take at the speed of a large matrix
+product on the same machine (the floor), and which operations the time of a pass goes to (the profile).
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def bench(
         growth: also steps a second and memory for batches, windows and loader workers.
 
     Returns:
-        What bench.json holds: "rows" (see `rows`), "agreement", "networks", "growth", "environment".
+        What bench.json holds: "rows" (see `rows`), "floors", "profile", "agreement", "networks", "growth", "environment".
 
     Raises:
         UserError: a number that cannot be, no such checkpoint or set.
@@ -114,16 +117,21 @@ def bench(
     if not hasattr(network, "finaloutput"):
         raise UserError(f"{original}: is not the original's network; give a checkpoint of the recipe notebook")
     light = load_model(find_checkpoint(fast))[0]
+    # fresh weights: only its speed is measured
+    small = build_model(TrainConfig.tiny().model, **TrainConfig.tiny().model_arguments).eval()
+    networks = {ORIGINAL: network, SAME: network, "fast": light, "tiny": small}
     output = create_dir(output)
     devices = [first]
     if device == "auto" and torch.cuda.is_available():
         devices.append(torch.device("cuda"))
-    value: dict[str, Any] = {"rows": []}
+    value: dict[str, Any] = {"rows": [], "floors": [], "profile": []}
     for where in devices:
         how = choose_precision(precision, where)
         named = {"device": str(where), "precision": str(how).removeprefix("torch.")}
-        value["rows"] += [{**row, **named} for row in bench_forward(network, light, size, rounds, where, how, progress)]
-        value["rows"] += [{**row, **named} for row in bench_steps(network, light, size, rounds, where, how, progress)]
+        value["rows"] += [{**row, **named} for row in bench_forward(networks, size, rounds, where, how, progress)]
+        value["rows"] += [{**row, **named} for row in bench_steps(networks, size, rounds, where, how, progress)]
+        value["floors"] += [{**row, **named} for row in floors(networks, size, where, how)]
+        value["profile"] += [{**row, **named} for row in profile_forward(networks, size, where, how)]
     how = choose_precision(precision, first)
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
@@ -143,7 +151,7 @@ def bench(
             "multiply_adds": count_arithmetic(model, size, size),
             "side": size,
         }
-        for name, model in (("attention_unet", network), ("fast_attention_unet", light))
+        for name, model in (("attention_unet", network), ("fast_attention_unet", light), ("tiny", small))
     }
     if growth:
         value["growth"] = bench_growth(progress=progress)
@@ -161,44 +169,96 @@ def _wait(device: torch.device) -> None:
 
 
 def bench_forward(
-    network: nn.Module,
-    light: nn.Module,
+    networks: dict[str, nn.Module],
     size: int,
     rounds: int,
     device: torch.device,
     precision: torch.dtype,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """A forward pass on one photo (size, size), logits back on the processor."""
+    """A forward pass of each of `networks`, by the name of its way, on one photo (size, size); the answer on the processor."""
+    ways = _forward_ways(networks, size, device, precision)
+    with tqdm(total=len(ways) * (rounds + 1), desc=f"forward, {device}", disable=not progress) as bar:
+        return rows("forward", take_turns(ways, rounds, bar))
+
+
+def _forward_ways(
+    networks: dict[str, nn.Module], size: int, device: torch.device, precision: torch.dtype
+) -> dict[str, Callable[[], None]]:
     photo = synthetic.draw_photo(0, size, size).photo
     plain = photo_batch(photo, device).contiguous()  # as the original's loader gives it
     batch = photo_batch(photo, device).to(precision)
-    eager = copy.deepcopy(network).to(device).eval()
-    ours = {SAME: inference_network(network.eval(), device, precision)}
-    ours["fast"] = inference_network(light.eval(), device, precision)
 
-    def originals() -> None:
-        with torch.no_grad():
-            torch.sigmoid(eager(plain)).cpu()
+    def originals(network: nn.Module) -> Callable[[], None]:
+        eager = copy.deepcopy(network).to(device).eval()
 
-    def our(model: nn.Module) -> Callable[[], None]:
         def once() -> None:
-            with torch.inference_mode():
-                torch.sigmoid(model(batch).float()).cpu()
+            with torch.no_grad():
+                torch.sigmoid(eager(plain)).cpu()
 
         return once
 
-    ways = {ORIGINAL: originals, **{name: our(model) for name, model in ours.items()}}
-    with tqdm(total=len(ways) * (rounds + 1), desc=f"forward, {device}", disable=not progress) as bar:
-        return rows("forward", take_turns(ways, rounds, bar))
+    def ours(network: nn.Module) -> Callable[[], None]:
+        ready = inference_network(network.eval(), device, precision)
+
+        def once() -> None:
+            with torch.inference_mode():
+                torch.sigmoid(ready(batch).float()).cpu()
+
+        return once
+
+    return {name: (originals if name == ORIGINAL else ours)(network) for name, network in networks.items()}
+
+
+def matrix_speed(device: torch.device, precision: torch.dtype, side: int = 2048) -> float:
+    """Multiply-adds a second of a product of two (side, side) matrices: the best of five, what this machine can do."""
+    a, b = (torch.rand(side, side, device=device).to(precision) for _ in "ab")
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return side**3 / min(seconds[1:])
+
+
+def floors(
+    networks: dict[str, nn.Module], size: int, device: torch.device, precision: torch.dtype
+) -> list[dict[str, Any]]:
+    """For our ways, the seconds that the multiply-adds of a forward pass on (size, size) take at `matrix_speed`."""
+    speed = matrix_speed(device, precision)
+    return [
+        {"way": name, "seconds": count_arithmetic(network, size, size) / speed, "multiply_adds_per_second": speed}
+        for name, network in networks.items()
+        if name != ORIGINAL
+    ]
+
+
+def profile_forward(
+    networks: dict[str, nn.Module], size: int, device: torch.device, precision: torch.dtype, top: int = 5
+) -> list[dict[str, Any]]:
+    """For every way, the `top` operations by their share of the time of a forward pass, as torch's profiler counts it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    result = []
+    for name, way in _forward_ways(networks, size, device, precision).items():
+        way()
+        with profile(activities=activities) as profiler:
+            way()
+        attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
+        whole = sum(times.values()) or 1
+        first = sorted(times, key=times.get, reverse=True)[:top]
+        result.append({"way": name, "shares": {key.removeprefix("aten::"): times[key] / whole for key in first}})
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------------ steps
 
 
 def bench_steps(
-    network: nn.Module,
-    light: nn.Module,
+    networks: dict[str, nn.Module],
     size: int,
     rounds: int,
     device: torch.device,
@@ -210,7 +270,7 @@ def bench_steps(
     photos = torch.cat([photo_batch(item.photo, torch.device("cpu")) for item in drawn]).contiguous()
     masks = torch.stack([torch.from_numpy(item.mask)[None].float() / 255 for item in drawn])
 
-    def originals() -> Callable[[], None]:
+    def originals(network: nn.Module) -> Callable[[], None]:
         model = copy.deepcopy(network).to(device).train()
         optimizer, loss_fn = torch.optim.Adam(model.parameters(), lr=1e-4), DiceBCELoss()
 
@@ -234,10 +294,10 @@ def bench_steps(
 
         return once
 
+    recipes = {SAME: TrainConfig.notebook(), "fast": TrainConfig.fast(), "tiny": TrainConfig.tiny()}
     ways = {
-        ORIGINAL: originals(),
-        SAME: ours(network, TrainConfig.notebook()),
-        "fast": ours(light, TrainConfig.fast()),
+        name: originals(network) if name == ORIGINAL else ours(network, recipes[name])
+        for name, network in networks.items()
     }
     with tqdm(total=len(ways) * (rounds + 1), desc=f"training step, {device}", disable=not progress) as bar:
         return rows("training step, a photo", take_turns(ways, rounds, bar), units=2)
@@ -420,6 +480,16 @@ def table(value: dict[str, Any]) -> list[str]:
         )
     agreement = ", ".join(f"{name.removeprefix('f1_')} {score:.5f}" for name, score in value["agreement"].items())
     lines.append(f"F1 of the same weights: {agreement}")
+    lines += [
+        f"floor of a forward pass ({row['device']}, {row['precision']}), {row['way']}: {row['seconds'] * 1000:.1f} ms, "
+        f"at {row['multiply_adds_per_second'] / 1e9:.0f} thousand million multiply-adds a second"
+        for row in value["floors"]
+    ]
+    lines += [
+        f"time of a forward pass ({row['device']}), {row['way']}: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
+        for row in value["profile"]
+    ]
     for name, network in value["networks"].items():
         lines.append(
             f"{name}: {network['parameters']:,} parameters, {network['multiply_adds'] / 1e9:.1f} thousand million "

@@ -31,6 +31,7 @@ from retina_seg import loss as losses
 from retina_seg.distributed import ALONE, Group, own_session, share
 from retina_seg.metrics import best_threshold
 from retina_seg.model import build_model, count_parameters, load_model, save_model
+from retina_seg.optim import Muon
 from retina_seg.resume import LAST, PREVIOUS, StopSignals, TrainingStopped, load_last, remove_leftovers, save_last
 from retina_seg.utils import (
     UserError,
@@ -70,8 +71,9 @@ class TrainConfig:
         working_diameter: what it is brought to where the network is validated and used; None: the training's.
         augmentation: changes to `data.Augmentation`'s defaults, by name; with "fov" only.
         repeats: windows a photo and epoch; with "fov" only.
-        epochs, batch_size, learning_rate, weight_decay, seed: as usual. Weight decay above 0 makes Adam AdamW. The batch
-            size is that of each process: several processes (`distributed`) see the photos of one with so many times it.
+        epochs, batch_size, learning_rate, weight_decay, seed: as usual. The batch size is that of each process: several
+            processes (`distributed`) see the photos of one with so many times it.
+        optimizer: "adam" (AdamW where weights decay) or "muon" (`optim.Muon`).
         loss: "dice_bce" or "dice".
         warmup: share of the steps in which the learning rate rises to its peak; then it falls by a cosine to 0. None:
             it stays as it is (the original's).
@@ -102,6 +104,7 @@ class TrainConfig:
     repeats: int = 1
     epochs: int = 10
     batch_size: int = 2
+    optimizer: str = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     seed: int = 42
@@ -135,8 +138,9 @@ class TrainConfig:
             "size": 256,
             "augmentation": {"recolour": 0.5},
             "repeats": 40,
-            "epochs": 40,
+            "epochs": 12,
             "batch_size": 2,
+            "optimizer": "muon",
             "learning_rate": 2e-3,
             "weight_decay": 1e-2,
             "warmup": 0.05,
@@ -153,11 +157,7 @@ class TrainConfig:
         recipe = {
             "preset": "general",
             "fov_diameter": 720.0,
-            "working_diameter": 800.0,
-            "augmentation": {},
-            "repeats": 6,
-            "epochs": 36,
-            "batch_size": 4,
+            "repeats": 12,
         }
         return cls.fast(**{**recipe, **changes})
 
@@ -190,6 +190,7 @@ class TrainConfig:
         choices = {
             "frame": ("squeeze", "fov"),
             "loss": tuple(LOSSES),
+            "optimizer": ("adam", "muon"),
             "validation": ("test", "photos", "files", "none"),
             "keep": ("best", "last"),
             "threshold": ("fixed", "validation"),
@@ -376,7 +377,9 @@ def _mean(values: list[Tensor]) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam, AdamW where the recipe decays weights; fused: one pass over each parameter instead of a dozen."""
+    """Muon; or Adam, AdamW where the recipe decays weights, fused: one pass over each parameter instead of a dozen."""
+    if config.optimizer == "muon":
+        return Muon(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer_class = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
     return optimizer_class(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 

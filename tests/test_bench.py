@@ -79,11 +79,18 @@ def test_a_bench_measures_every_way_and_writes_what_it_prints(trained, tmp_path,
     for task in tasks - {"predict, a photo"}:
         ways = [row for row in value["rows"] if row["task"] == task]
         assert [row["way"] for row in ways][:3] == [bench.ORIGINAL, bench.SAME, "fast"]
+        assert ways[-1]["way"] == ("fast, at 512x512" if "test" in task else "tiny")
         assert ways[0]["ratio"] == 1 and all(row["median"] > 0 for row in ways)
         assert all(row["ratio"] == pytest.approx(ways[0]["median"] / row["median"]) for row in ways)
     scores = value["agreement"]
     assert scores["f1_ours_float32"] == pytest.approx(scores["f1_original"], abs=5e-4)
     assert value["networks"]["attention_unet"]["parameters"] == 664_071
+    forward = {row["way"]: row["median"] for row in value["rows"] if row["task"] == "forward"}
+    floors = {row["way"]: row["seconds"] for row in value["floors"]}
+    assert floors[bench.SAME] > floors["fast"] > floors["tiny"] > 0
+    assert all(seconds < forward[way] for way, seconds in floors.items())  # or it would be no floor
+    for row in value["profile"]:
+        assert "conv" in max(row["shares"], key=row["shares"].get) and 0.5 < sum(row["shares"].values()) <= 1
     assert all(text in shown for text in (bench.ORIGINAL, "thousand million", f"{scores['f1_original']:.5f}"))
 
 

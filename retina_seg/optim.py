@@ -1,0 +1,91 @@
+"""Muon: gradient descent whose steps turn every direction of a layer's weights by the same amount.
+
+Sources: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024) for the method and the
+coefficients of its iteration; arXiv 2502.16982 for the size of a step, which lets learning rate and weight decay be
+those of AdamW. Deviation: the iteration runs in float32, since these layers are small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest matrix of orthonormal rows (or columns, whichever are fewer), roughly: (R, C) float -> the same.
+
+    With matrix = U S V^T this is U f(S) V^T, f(s) between 0.7 and 1.2 for all but the smallest s, by a Newton-Schulz
+    iteration of products alone. Its scale does not matter. A matrix of zeros stays one.
+
+    >>> orthogonalized(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).abs().sum().item() > 1.4
+    True
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    if len(x) > x.shape[1]:
+        return orthogonalized(matrix.T, iterations).T
+    for _ in range(iterations):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of convolutions and linear layers, AdamW for all else (biases, normalisation, one output).
+
+    A weight (out, in, k, k) is taken as a matrix (out, in k k). With gradient g, momentum m <- b m + (1 - b) g:
+    w <- (1 - lr decay) w - lr 0.2 sqrt(max(out, in k k)) orthogonalized((1 - b) g + b m). The factor gives a step the
+    size that AdamW's usually have, so one learning rate serves both.
+
+    Args:
+        parameters: of the network.
+        lr: learning rate; weight_decay: decoupled, as AdamW's; momentum: b above.
+        betas, eps: of the AdamW part.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        parameters = list(parameters)
+        matrices = [value for value in parameters if value.dim() > 1 and min(len(value), value[0].numel()) > 1]
+        taken = {id(value) for value in matrices}
+        others = [value for value in parameters if id(value) not in taken]
+        groups = [{"params": part, "muon": muon} for part, muon in ((matrices, True), (others, False)) if part]
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Change the weights by their gradients; a parameter without one stays as it is."""
+        for group in self.param_groups:
+            change = self._muon if group["muon"] else self._adam
+            for value in group["params"]:
+                if value.grad is not None:
+                    value.mul_(1 - group["lr"] * group["weight_decay"])
+                    value.add_(change(value, group), alpha=-group["lr"])
+
+    def _muon(self, value: nn.Parameter, group: dict) -> Tensor:
+        state, momentum = self.state[value], group["momentum"]
+        if not state:
+            state["momentum"] = torch.zeros_like(value)
+        mean = state["momentum"].lerp_(value.grad, 1 - momentum)
+        matrix = value.grad.lerp(mean, momentum).flatten(1)
+        return (orthogonalized(matrix) * (0.2 * math.sqrt(max(matrix.shape)))).view_as(value)
+
+    def _adam(self, value: nn.Parameter, group: dict) -> Tensor:
+        state, (first, second) = self.state[value], group["betas"]
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(value), square=torch.zeros_like(value))
+        state["step"] += 1
+        mean = state["mean"].lerp_(value.grad, 1 - first)
+        square = state["square"].lerp_(value.grad.square(), 1 - second)
+        root = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+        return mean / (1 - first ** state["step"]) / root
