@@ -85,9 +85,23 @@ FAULTS = [
     (
         "the random state forgotten on resuming",
         "train",
-        'torch.set_rng_state(value["random"]["now"])',
+        'torch.set_rng_state(mine["now"])',
         "pass",
         "resume",
+    ),
+    (
+        "steps along the raw gradient",
+        "optim",
+        "for _ in range(iterations):",
+        "for _ in range(0):",
+        "optim",
+    ),
+    (
+        "two processes on the same photos",
+        "distributed",
+        "for rank in (group.rank, group.rank + 1))",
+        "for rank in (0, 1))",
+        "distributed",
     ),
     ("checkpoints that may run code", "resume", "weights_only=True", "weights_only=False", "resume"),
     (
