@@ -136,7 +136,7 @@ class TrainConfig:
             "model": "fast_attention_unet",
             "frame": "fov",
             "size": 256,
-            "augmentation": {"recolour": 0.5},
+            "augmentation": {"scale": 0.25},
             "repeats": 40,
             "epochs": 12,
             "batch_size": 2,
