@@ -158,6 +158,7 @@ class TrainConfig:
             "preset": "general",
             "fov_diameter": 720.0,
             "repeats": 12,
+            "epochs": 6,
         }
         return cls.fast(**{**recipe, **changes})
 
@@ -170,7 +171,7 @@ class TrainConfig:
     @classmethod
     def quick(cls, **changes: Any) -> TrainConfig:
         """`fast` on a few minutes' schedule: enough for the synthetic photos, and for a first look at one's own."""
-        return cls.fast(**{"preset": "quick", "epochs": 6, "ema": 0.99, "repeats": 20, **changes})
+        return cls.fast(**{"preset": "quick", "epochs": 3, "ema": 0.99, "repeats": 20, **changes})
 
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:
