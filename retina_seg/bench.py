@@ -18,6 +18,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,11 @@ def bench(
         }
         for name, model in (("attention_unet", network), ("fast_attention_unet", light), ("tiny", small))
     }
-    if growth:
-        value["growth"] = bench_growth(progress=progress)
     value["environment"] = environment(first, how)
     write_json(output / "bench.json", value)
+    if growth:
+        value["growth"] = bench_growth(progress=progress)
+        write_json(output / "bench.json", value)
     return value
 
 
@@ -415,11 +417,11 @@ GROWTH = [
 
 def bench_growth(steps: int = 12, progress: bool = True) -> list[dict[str, Any]]:
     """Steps a second of the fast recipe, loading included, and the process's peak memory, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    result = []
+    # an executor's processes, unlike a pool's, may have children of their own: the loader's workers
+    context, result = multiprocessing.get_context("spawn"), []
     for point in tqdm(GROWTH, desc="growth", disable=not progress):
-        with context.Pool(1) as pool:
-            result.append({**point, **pool.apply(measure_point, (point, steps))})
+        with ProcessPoolExecutor(1, mp_context=context) as one:
+            result.append({**point, **one.submit(measure_point, point, steps).result()})
     return result
 
 

@@ -99,6 +99,13 @@ def test_one_point_of_the_growth_table_is_measured():
     assert point["steps_per_second"] > 0 and 0.1 < point["peak_memory_gb"] < 8
 
 
+def test_growth_is_measured_with_loader_workers_too(monkeypatch):
+    point = {"batch": 1, "side": 32, "workers": 1}
+    monkeypatch.setattr(bench, "GROWTH", [point])
+    (row,) = bench.bench_growth(steps=2, progress=False)
+    assert row.items() > point.items() and row["steps_per_second"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
