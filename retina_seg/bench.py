@@ -425,10 +425,8 @@ def bench_growth(steps: int = 12, progress: bool = True) -> list[dict[str, Any]]
     return result
 
 
-def measure_point(point: dict[str, int], steps: int) -> dict[str, float]:
+def measure_point(point: dict[str, int], steps: int) -> dict[str, float | None]:
     """{"steps_per_second", "peak_memory_gb"} of training `fast` at `point`: batch, side of the windows, loader workers."""
-    import resource  # not on Windows, where growth is not measured
-
     from torch.utils.data import DataLoader
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -459,9 +457,17 @@ def measure_point(point: dict[str, int], steps: int) -> dict[str, float]:
         lambda _: stamps.append(time.perf_counter()),
     )
     gc.collect()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     # the first two steps fill caches
-    return {"steps_per_second": (len(stamps) - 2) / (stamps[-1] - stamps[1]), "peak_memory_gb": peak}
+    return {"steps_per_second": (len(stamps) - 2) / (stamps[-1] - stamps[1]), "peak_memory_gb": _peak_memory()}
+
+
+def _peak_memory() -> float | None:
+    """The most memory that this process has held, GB; None where the system does not say (it is not Linux)."""
+    try:  # not getrusage: there a process starts with the peak of the one that started it
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
+    except (OSError, StopIteration):
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------------ table
@@ -500,6 +506,7 @@ def table(value: dict[str, Any]) -> list[str]:
     for point in value.get("growth", []):
         lines.append(
             f"  training fast: batch {point['batch']:>2}, windows {point['side']}, {point['workers']} workers: "
-            f"{point['steps_per_second']:.2f} steps/s, {point['peak_memory_gb']:.2f} GB"
+            f"{point['steps_per_second']:.2f} steps/s"
+            + (f", {point['peak_memory_gb']:.2f} GB" if point["peak_memory_gb"] else "")
         )
     return lines

@@ -102,8 +102,10 @@ def test_one_point_of_the_growth_table_is_measured():
 def test_growth_is_measured_with_loader_workers_too(monkeypatch):
     point = {"batch": 1, "side": 32, "workers": 1}
     monkeypatch.setattr(bench, "GROWTH", [point])
+    held = np.ones(2**28)  # 2 GB, which are this process's and not the measured one's
     (row,) = bench.bench_growth(steps=2, progress=False)
     assert row.items() > point.items() and row["steps_per_second"] > 0
+    assert row["peak_memory_gb"] is None or row["peak_memory_gb"] < held.nbytes / 2**30
 
 
 @pytest.mark.parametrize(
