@@ -130,15 +130,19 @@ class TrainConfig:
 
     @classmethod
     def fast(cls, **changes: Any) -> TrainConfig:
-        """The fast network, augmented windows at the photos' own scale, a fixed schedule, the last averaged weights."""
+        """The fast network, augmented windows of enlarged photos, a fixed schedule, the last averaged weights.
+
+        results/README.md has the trials behind every value.
+        """
         recipe = {
             "preset": "fast",
             "model": "fast_attention_unet",
             "frame": "fov",
             "size": 256,
+            "fov_diameter": 720.0,
             "augmentation": {"scale": 0.25},
             "repeats": 40,
-            "epochs": 12,
+            "epochs": 36,
             "batch_size": 2,
             "optimizer": "muon",
             "learning_rate": 2e-3,
@@ -153,13 +157,8 @@ class TrainConfig:
 
     @classmethod
     def general(cls, **changes: Any) -> TrainConfig:
-        """`fast` for photos of any camera: trained on several sets together, enlarged (results/README.md says why)."""
-        recipe = {
-            "preset": "general",
-            "fov_diameter": 720.0,
-            "repeats": 12,
-            "epochs": 6,
-        }
+        """`fast` for photos of any camera: trained on several sets together, so with fewer windows a photo and epoch."""
+        recipe = {"preset": "general", "repeats": 12}
         return cls.fast(**{**recipe, **changes})
 
     @classmethod
@@ -171,7 +170,7 @@ class TrainConfig:
     @classmethod
     def quick(cls, **changes: Any) -> TrainConfig:
         """`fast` on a few minutes' schedule: enough for the synthetic photos, and for a first look at one's own."""
-        return cls.fast(**{"preset": "quick", "epochs": 3, "ema": 0.99, "repeats": 20, **changes})
+        return cls.fast(**{"preset": "quick", "fov_diameter": None, "epochs": 3, "ema": 0.99, "repeats": 20, **changes})
 
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:
