@@ -136,12 +136,15 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     return figure
 
 
-def progress_chart(histories: dict[str, Sequence[dict[str, float]]], goal: float | None = None) -> Any:
+def progress_chart(
+    histories: dict[str, Sequence[dict[str, float]]], goal: float | None = None, lowest: float = 0.0
+) -> Any:
     """F1 on the validation photos by minutes of training, a line a run: a matplotlib figure.
 
     Args:
         histories: a run's name -> its rows, as in history.csv.
         goal: an F1 to mark by a dashed line.
+        lowest: where the axis of F1 begins; above 0 it ends at the highest F1.
     """
     figure, (axis,) = new_figure(width=6.4)
     for name, history in histories.items():
@@ -149,7 +152,9 @@ def progress_chart(histories: dict[str, Sequence[dict[str, float]]], goal: float
         axis.plot(minutes, [row["validation_f1"] for row in history], marker="o", ms=3, label=name)
     if goal is not None:
         axis.axhline(goal, color="0.5", lw=1, ls="--", label=f"F1 {goal}")
-    axis.set(xlabel="minutes", ylabel="F1 on the validation photos", xlim=(0, None), ylim=(0, 1))
+    axis.set(
+        xlabel="minutes", ylabel="F1 on the validation photos", xlim=(0, None), ylim=(lowest, None if lowest else 1)
+    )
     axis.legend(frameon=False, loc="lower right")
     return figure
 

@@ -41,8 +41,7 @@ def test_the_defaults_in_the_help_are_the_recipes():
     made = {name: preset() for name, preset in PRESETS.items()}
     text = " ".join(cli.build_parser()._subparsers._group_actions[0].choices["train"].format_help().split())
     for shown in (
-        ", ".join(f"{name} {made[name].epochs}" for name in ("notebook", "quick"))
-        + f", else {made['fast'].epochs}",
+        ", ".join(f"{name} {made[name].epochs}" for name in ("notebook", "quick")) + f", else {made['fast'].epochs}",
         f"photos a step and process (default: {made['fast'].batch_size})",
         f"notebook {made['notebook'].size}, else {made['fast'].size}",
     ):

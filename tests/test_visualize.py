@@ -16,6 +16,7 @@ from retina_seg.visualize import (
     error_overlay,
     mask_parse,
     new_figure,
+    progress_chart,
     ranking_curves,
     save_curves,
     save_figure,
@@ -207,3 +208,15 @@ def test_a_figure_that_cannot_be_saved_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="a.png"):
         save_figure(tmp_path / "missing" / "a.png", new_figure()[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_drawn_over_minutes_with_its_goal_and_its_range():
+    history = [{"seconds": 30.0, "validation_f1": value} for value in (0.6, 0.7, 0.8)]
+    (axis,) = progress_chart({"one": history}).axes
+    (line,) = axis.lines
+    assert line.get_xdata() == pytest.approx([0.5, 1.0, 1.5])
+    assert list(line.get_ydata()) == [0.6, 0.7, 0.8]
+    assert axis.get_ylim() == (0, 1)
+    (axis,) = progress_chart({"one": history}, goal=0.77, lowest=0.65).axes
+    assert axis.get_ylim()[0] == 0.65 and 0.8 <= axis.get_ylim()[1] < 0.9
+    assert set(axis.lines[1].get_ydata()) == {0.77}
