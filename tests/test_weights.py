@@ -70,7 +70,7 @@ def test_no_test_photo_mirrored_or_turned_is_among_those_trained_on(name, real_d
 
 @pytest.mark.real
 def test_drive_weights_give_the_committed_scores(real_data):
-    stated = json.loads((RESULTS / "fast-first/metrics.json").read_text())
+    stated = json.loads((RESULTS / "fast/metrics.json").read_text())
     segmenter = Segmenter.load("drive", precision="float32")
     scores = score_pairs(segmenter, list_pairs(real_data / "Data1", "test"), "notebook", progress=False)
     for region in ("frame", "fov"):
