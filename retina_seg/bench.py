@@ -38,7 +38,15 @@ from retina_seg.model import build_model, count_arithmetic, count_parameters, lo
 from retina_seg.predict import Segmenter, find_checkpoint, inference_network, photo_batch
 from retina_seg.test import score_pairs
 from retina_seg.train import TrainConfig, make_optimizer, train
-from retina_seg.utils import UserError, choose_device, choose_precision, create_dir, environment, write_json
+from retina_seg.utils import (
+    UserError,
+    choose_device,
+    choose_precision,
+    create_dir,
+    environment,
+    training_layout,
+    write_json,
+)
 from retina_seg.visualize import strip
 
 ORIGINAL = "the original's way"
@@ -287,7 +295,7 @@ def bench_steps(
         return once
 
     def ours(source: nn.Module, config: TrainConfig) -> Callable[[], None]:
-        model = copy.deepcopy(source).to(device, memory_format=torch.channels_last).train()
+        model = copy.deepcopy(source).to(device, memory_format=training_layout(device, precision)).train()
         optimizer = make_optimizer(model, config)
 
         def once() -> None:
@@ -433,8 +441,9 @@ def measure_point(point: dict[str, int], steps: int) -> dict[str, float | None]:
         synthetic.write_set(Path(scratch, "set"), 2, 1, (640, 640), progress=False)
         photos = TrainingPhotos(list_pairs(Path(scratch, "set"), "train"), None, point["side"], repeats=10_000)
     device = torch.device("cpu")
+    precision = choose_precision("auto", device)
     config = TrainConfig.fast()
-    model = build_model(config.model).to(memory_format=torch.channels_last)
+    model = build_model(config.model).to(memory_format=training_layout(device, precision))
     optimizer = make_optimizer(model, config)
     loader = DataLoader(photos, point["batch"], num_workers=point["workers"])
     stamps: list[float] = []
@@ -445,7 +454,6 @@ def measure_point(point: dict[str, int], steps: int) -> dict[str, float | None]:
                 return
             yield batch
 
-    precision = choose_precision("auto", device)
     train(
         model,
         some(),

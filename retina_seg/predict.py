@@ -27,6 +27,7 @@ from retina_seg.utils import UserError, choose_device, choose_precision
 
 WEIGHTS = Path(__file__).parent / "weights"
 NOTEBOOK_FRAME = {"kind": "squeeze", "size": [512, 512]}
+SURE = 30.0  # logits are cut here: float32 knows no probability beyond, and infinity cannot be interpolated
 SAME_SCALE = 0.03  # within this, a photo is not resized: interpolation would cost more than it mends
 
 
@@ -164,7 +165,7 @@ class Segmenter:
         height, width = self.frame["size"]
         # bilinear, as the original's preparation
         small = photo if photo.shape[:2] == (height, width) else cv2.resize(photo, (width, height))
-        return _resize(self._turned(small), photo.shape[:2])
+        return _probability(self._turned(small), photo.shape[:2])
 
     def _scaled(self, photo: np.ndarray, fov: np.ndarray) -> np.ndarray:
         top, left, bottom, right = fov_box(fov)
@@ -174,11 +175,11 @@ class Segmenter:
             size = [max(1, round(side * scale)) for side in inside.shape[1::-1]]
             inside = cv2.resize(inside, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
         probability = np.zeros(photo.shape[:2], np.float32)
-        probability[top:bottom, left:right] = _resize(self._turned(inside), (bottom - top, right - left))
+        probability[top:bottom, left:right] = _probability(self._turned(inside), (bottom - top, right - left))
         return probability
 
     def _turned(self, photo: np.ndarray) -> np.ndarray:
-        """The probability for a photo already in the frame; with `flips` the mean over its eight orientations."""
+        """The logits for a photo already in the frame; with `flips` their mean over its eight orientations."""
         if not self.flips:
             return self._padded(photo)
         total = np.zeros(photo.shape[:2], np.float32)
@@ -192,7 +193,7 @@ class Segmenter:
         return total / 8
 
     def _padded(self, photo: np.ndarray) -> np.ndarray:
-        """The probability (H, W) float32 for (H, W, 3) uint8 of any size, padded with black to the network's stride."""
+        """The logits (H, W) float32 for (H, W, 3) uint8 of any size, padded with black to the network's stride."""
         height, width = photo.shape[:2]
         stride = self.model.stride
         margin = self.margin
@@ -210,10 +211,10 @@ class Segmenter:
     @torch.inference_mode()
     def _forward(self, photo: np.ndarray) -> np.ndarray:
         logits = self.network(photo_batch(photo, self.device).to(self.precision))
-        probability = torch.sigmoid(logits.float())[0, 0].cpu().numpy()
-        if np.isnan(probability).any():
+        logits = logits.float().clamp_(-SURE, SURE)[0, 0].cpu().numpy()
+        if np.isnan(logits).any():
             raise UserError("the network answers with what is no number; choose other weights")
-        return probability
+        return logits
 
 
 def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
@@ -268,11 +269,15 @@ def as_photo(photo: np.ndarray) -> np.ndarray:
     return photo
 
 
-def _resize(probability: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A probability brought to `shape` (height, width); a copy, float32 in [0, 1]."""
-    if probability.shape == shape:
-        return probability.copy()
-    return cv2.resize(probability, shape[::-1], interpolation=cv2.INTER_LINEAR)
+def _probability(logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The probability (float32, in [0, 1]) at `shape` (height, width) of `logits` at another size.
+
+    Logits are interpolated, not probabilities: these are flat where the network is sure, and a line between a flat
+    foot and a flat top has its middle elsewhere than the edge (results/README.md has what it gains).
+    """
+    if logits.shape != shape:
+        logits = cv2.resize(logits, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return torch.sigmoid(torch.from_numpy(logits)).numpy()
 
 
 def _is_frame(frame: Any) -> bool:

@@ -45,6 +45,7 @@ from retina_seg.utils import (
     epoch_time,
     read_json,
     seeding,
+    training_layout,
     without_nan,
     write_json,
     write_text,
@@ -558,7 +559,7 @@ class _Loop:
     ) -> None:
         self.config, self.opened, self.device, self.precision, self.folder = config, opened, device, precision, folder
         self.group = group
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device, memory_format=training_layout(device, precision))
         self.parallel = group.parallel(self.model, device)
         self.optimizer = make_optimizer(model, config)
         self.average = WeightAverage(model, config.ema) if config.ema and group.is_first else None

@@ -122,6 +122,15 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def training_layout(device: torch.device, precision: torch.dtype) -> torch.memory_format:
+    """How tensors lie in memory where training is fastest: channels last, but for float32 on a processor without AVX-512.
+
+    There the original's network trains a quarter slower with channels last, and the fast one alike either way.
+    """
+    narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return torch.contiguous_format if narrow and precision is torch.float32 else torch.channels_last
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The autocast context of `precision` on `device`; a no-op for float32."""
     # an enabled context with float32 would warn, so it is entered switched off

@@ -267,21 +267,22 @@ def test_odd_names_are_written_read_and_listed(tmp_path, name, monkeypatch):
     assert [path.name for path in list_pictures(".")] == [name]
 
 
+@pytest.mark.parametrize("name, writer", [("a.png", (images.Path, "write_bytes")), ("a.jpg", (images.iio, "imwrite"))])
 @pytest.mark.parametrize("before", [None, b"old"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, before, error):
+def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, before, error, name, writer):
     def fail(path, *_, **__):
         with open(path, "wb") as file:
             file.write(b"half")
         raise error
 
-    path = tmp_path / "a.png"
+    path = tmp_path / name
     if before:
         path.write_bytes(before)
-    monkeypatch.setattr(images.iio, "imwrite", fail)
+    monkeypatch.setattr(*writer, fail)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         write_picture(path, gradient())
-    assert [found.name for found in tmp_path.iterdir()] == (["a.png"] if before else [])
+    assert [found.name for found in tmp_path.iterdir()] == ([name] if before else [])
     assert not before or path.read_bytes() == before
 
 

@@ -22,6 +22,7 @@ from retina_seg.utils import (
     git_commit,
     read_json,
     seeding,
+    training_layout,
     whole_file,
     without_nan,
     write_json,
@@ -116,6 +117,14 @@ def test_choose_precision_by_name_and_by_what_the_device_can(monkeypatch):
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(utils, "has_bfloat16_units", lambda device, able=able: able)
         assert choose_precision("auto", CPU) is dtype
+
+
+def test_float32_training_on_narrow_processors_is_not_channels_last(monkeypatch):
+    for capability, expected in (("AVX2", torch.contiguous_format), ("AVX512", torch.channels_last)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda value=capability: value)
+        assert training_layout(CPU, torch.float32) is expected
+        assert training_layout(CPU, torch.bfloat16) is torch.channels_last
+        assert training_layout(torch.device("cuda"), torch.float32) is torch.channels_last
 
 
 @pytest.mark.parametrize("name", ["float16", "", "Float32"])
