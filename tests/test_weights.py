@@ -69,9 +69,11 @@ def test_no_test_photo_mirrored_or_turned_is_among_those_trained_on(name, real_d
 
 
 @pytest.mark.real
-def test_drive_weights_give_the_committed_scores(real_data):
-    stated = json.loads((RESULTS / "fast/metrics.json").read_text())
-    segmenter = Segmenter.load("drive", precision="float32")
+@pytest.mark.parametrize("name", shipped_weights())
+def test_weights_give_the_committed_scores(name, real_data):
+    run = {"drive": "fast"}.get(name, name)
+    stated = json.loads((RESULTS / run / "metrics.json").read_text())
+    segmenter = Segmenter.load(name, precision="float32")
     scores = score_pairs(segmenter, list_pairs(real_data / "Data1", "test"), "notebook", progress=False)
     for region in ("frame", "fov"):
         for name in ("f1", "auc", "accuracy", "mcc"):
