@@ -126,8 +126,7 @@ def bench(
     if not hasattr(network, "finaloutput"):
         raise UserError(f"{original}: is not the original's network; give a checkpoint of the recipe notebook")
     light = load_model(find_checkpoint(fast))[0]
-    # fresh weights: only its speed is measured
-    small = build_model(TrainConfig.tiny().model, **TrainConfig.tiny().model_arguments).eval()
+    small = load_model(find_checkpoint("tiny"))[0]
     networks = {ORIGINAL: network, SAME: network, "fast": light, "tiny": small}
     output = create_dir(output)
     devices = [first]
@@ -363,6 +362,7 @@ def bench_test(
         SAME: Segmenter(copy.deepcopy(network), **kind),
         "fast": Segmenter.load(find_checkpoint(fast), **kind),
         "fast, at 512x512": Segmenter(copy.deepcopy(light), **kind),
+        "tiny": Segmenter.load("tiny", **kind),
     }
     results: dict[str, Any] = {}
 
