@@ -30,7 +30,7 @@ from retina_seg.data import Augmentation, Pair, augment_colour, list_pairs, load
 from retina_seg.images import write_picture
 from retina_seg.model import count_parameters, load_checkpoint
 from retina_seg.predict import Segmenter, find_checkpoint
-from retina_seg.utils import UserError, ahead, create_dir, environment, read_json, write_json, write_text
+from retina_seg.utils import UserError, ahead, create_dir, environment, memory_kept, read_json, write_json, write_text
 from retina_seg.visualize import mask_parse  # the original's name, importable from here
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
@@ -163,8 +163,10 @@ def score_pairs(
             sheet.append((scores["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
 
     # three at once: the next photo is read and the last one scored and drawn while the network is at this one
-    for _ in tqdm(ahead(scored, segmented()), desc="testing", unit="photo", total=len(shown), disable=not progress):
-        pass
+    bar = tqdm(ahead(scored, segmented()), desc="testing", unit="photo", total=len(shown), disable=not progress)
+    with memory_kept():
+        for _ in bar:
+            pass
     result: dict[str, Any] = {region: totals[region].summary() for region in regions}
     if seconds_totals["frame"].photos:
         result["second_observer"] = {region: seconds_totals[region].summary() for region in regions}

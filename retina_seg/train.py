@@ -43,6 +43,7 @@ from retina_seg.utils import (
     create_dir,
     environment,
     epoch_time,
+    memory_kept,
     read_json,
     seeding,
     training_layout,
@@ -533,7 +534,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, group:
     elif group.is_first:
         write_json(folder / "config.json", _describe(config, opened, model, device, precision, group.size))
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
-    with contextlib.closing(bar), StopSignals() as signals:
+    with contextlib.closing(bar), memory_kept(), StopSignals() as signals:
         for _ in range(loop.state["epoch"], config.epochs):
             row, better = loop.epoch(signals, bar)
             if progress:
@@ -899,7 +900,8 @@ def _check_same_recipe(config: TrainConfig, written: Path) -> None:
 def training_memory(model: nn.Module, batch_size: int, size: int, precision: torch.dtype = torch.float32) -> int:
     """Bytes that a training step on (batch_size, 3, size, size) in `precision` needs beyond the weights: an estimate.
 
-    What autograd keeps of a small forward pass, scaled up by the pixels, and a third more for gradients and work space.
+    What autograd keeps of a small forward pass, scaled up by the pixels, and two thirds more: for gradients, work space and
+    what lies unused between blocks (`utils.memory_kept`).
     """
     side = 8 * model.stride
     small = copy.deepcopy(model).train()
@@ -917,7 +919,7 @@ def training_memory(model: nn.Module, batch_size: int, size: int, precision: tor
     weights = {value.untyped_storage().data_ptr() for value in small.state_dict().values()}
     of_pixels = sum(size for pointer, size in kept.items() if pointer not in weights)
     del logits
-    return round(of_pixels * batch_size * (size / side) ** 2 * 4 / 3)
+    return round(of_pixels * batch_size * (size / side) ** 2 * 5 / 3)
 
 
 def _check_room(

@@ -1,10 +1,12 @@
 """Seeds, folders, devices, and files that are written whole or not at all."""
 
+import ctypes
 import json
 import math
 import os
 import random
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from retina_seg.utils import (
     environment,
     epoch_time,
     git_commit,
+    memory_kept,
     read_json,
     seeding,
     training_layout,
@@ -117,6 +120,31 @@ def test_choose_precision_by_name_and_by_what_the_device_can(monkeypatch):
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(utils, "has_bfloat16_units", lambda device, able=able: able)
         assert choose_precision("auto", CPU) is dtype
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator only"
+)
+def test_memory_kept_is_not_asked_for_again_and_given_back_behind():
+    resource = pytest.importorskip("resource")  # not on Windows
+
+    def pages_asked_for() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            torch.zeros(2**24)  # 64 MB, freed at once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with memory_kept():
+        for _ in range(12):  # freed blocks fit the next one only after a few
+            pages_asked_for()
+        kept = pages_asked_for()
+    assert kept < 100 and pages_asked_for() > 10 * max(kept, 10)
+
+
+def test_without_such_an_allocator_nothing_is_changed(monkeypatch):
+    monkeypatch.setattr(utils.ctypes, "CDLL", lambda name: object())
+    with memory_kept():
+        assert torch.zeros(3).sum() == 0
 
 
 def test_float32_training_on_narrow_processors_is_not_channels_last(monkeypatch):
