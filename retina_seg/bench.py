@@ -1,12 +1,12 @@
-"""How fast, and against what: the original's way and this package's, measured in one process and one run.
+"""How fast, and against what: the original's way and this package's, taking turns in one run.
 
 The ways take turns, round by round, so that a machine which slows down slows all of them; the first round warms up and is
 not counted. What is asserted of a machine elsewhere is its median and quartiles, and ratios of medians of one run.
 
 The original's way is its notebooks': float32, contiguous tensors, batch 1 in evaluation, batch 2 in training, eager, a
-`.item()` at every step, scores by five passes of scikit-learn, memory as the system's allocator gives and takes it. Its
-code is re-enacted here, not copied. Because the allocator alone makes much of the difference, its network is also measured
-with memory kept (`utils.memory_kept`) and nothing else changed.
+`.item()` at every step, scores by five passes of scikit-learn, memory as the system's allocator gives and takes it: so it
+runs in a process of its own, while the others wait. Its code is re-enacted here, not copied. Because the allocator makes
+much of the difference, it is also measured with memory kept (`utils.memory_kept`) and nothing else changed.
 
 What remains is shown beside it: the time that a network's multiply-adds alone would take at the speed of a large matrix
 product on the same machine (the floor), and which operations the time of a pass goes to (the profile).
@@ -29,7 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from retina_seg import synthetic
@@ -58,24 +58,53 @@ KEPT = "the same, memory kept"
 SAME = "its weights, our way"
 
 
-def take_turns(ways: dict[str, Callable[[], Any]], rounds: int, progress: Any = None) -> dict[str, list[float]]:
+class Apart:
+    """A way in a process of its own, whose memory is as the system's allocator has it; `make(*arguments)` gives it there."""
+
+    def __init__(self, make: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, context, initializer=_set_up, initargs=(make, arguments))
+
+    def timed(self) -> tuple[float, Any]:
+        """Seconds and result of the way, run there now."""
+        return self._process.submit(_timed).result()
+
+    def close(self) -> None:
+        self._process.shutdown()
+
+
+_APART: list[Callable[[], Any]] = []  # the way of this process; filled in the processes of `Apart` only
+
+
+def _set_up(make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
+    _APART.append(make(*arguments))
+
+
+def _timed(way: Callable[[], Any] | None = None) -> tuple[float, Any]:
+    """Seconds and result of `way`. It runs twice, and the second time counts: the first one finds the caches of another."""
+    way = way or _APART[0]
+    way()
+    start = time.perf_counter()
+    result = way()
+    return time.perf_counter() - start, result
+
+
+def take_turns(
+    ways: dict[str, Callable[[], Any] | Apart], rounds: int, progress: Any = None, kept: bool = True
+) -> dict[str, list[float]]:
     """Seconds of every way in every round but the first, which warms up; on a GPU the ways must wait for it themselves.
 
-    At its turn each way runs twice, and the second time counts: the first one finds the caches, and the memory, of another.
-    All but the original's keep their memory (`utils.memory_kept`), as training and testing do.
+    Those of this process keep their memory where `kept` (`utils.memory_kept`), as training and testing do.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            with contextlib.nullcontext() if name == ORIGINAL else memory_kept():
-                way()
-                start = time.perf_counter()
-                way()
-                took = time.perf_counter() - start
-            if number:
-                seconds[name].append(took)
-            if progress is not None:
-                progress.update()
+    with memory_kept() if kept else contextlib.nullcontext():
+        for number in range(rounds + 1):
+            for name, way in ways.items():
+                took, _ = way.timed() if isinstance(way, Apart) else _timed(way)
+                if number:
+                    seconds[name].append(took)
+                if progress is not None:
+                    progress.update()
     return seconds
 
 
@@ -199,25 +228,28 @@ def bench_forward(
 ) -> list[dict[str, Any]]:
     """A forward pass of each of `networks`, by the name of its way, on one photo (size, size); the answer on the processor."""
     ways = _forward_ways(networks, size, device, precision)
-    with tqdm(total=len(ways) * (rounds + 1), desc=f"forward, {device}", disable=not progress) as bar:
-        return rows("forward", take_turns(ways, rounds, bar))
+    bar = tqdm(total=len(ways) * (rounds + 1), desc=f"forward, {device}", disable=not progress)
+    with contextlib.closing(Apart(_originals_forward, networks[ORIGINAL], size, device)) as apart, bar:
+        return rows("forward", take_turns({**ways, ORIGINAL: apart}, rounds, bar))
+
+
+def _originals_forward(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
+    eager = copy.deepcopy(network).to(device).eval()
+    photo = photo_batch(
+        synthetic.draw_photo(0, size, size).photo, device
+    ).contiguous()  # as the original's loader gives it
+
+    def once() -> None:
+        with torch.no_grad():
+            torch.sigmoid(eager(photo)).cpu()
+
+    return once
 
 
 def _forward_ways(
     networks: dict[str, nn.Module], size: int, device: torch.device, precision: torch.dtype
 ) -> dict[str, Callable[[], None]]:
-    photo = synthetic.draw_photo(0, size, size).photo
-    plain = photo_batch(photo, device).contiguous()  # as the original's loader gives it
-    batch = photo_batch(photo, device).to(precision)
-
-    def originals(network: nn.Module) -> Callable[[], None]:
-        eager = copy.deepcopy(network).to(device).eval()
-
-        def once() -> None:
-            with torch.no_grad():
-                torch.sigmoid(eager(plain)).cpu()
-
-        return once
+    batch = photo_batch(synthetic.draw_photo(0, size, size).photo, device).to(precision)
 
     def ours(network: nn.Module) -> Callable[[], None]:
         ready = inference_network(network.eval(), device, precision)
@@ -228,7 +260,10 @@ def _forward_ways(
 
         return once
 
-    return {name: (originals if name in (ORIGINAL, KEPT) else ours)(network) for name, network in networks.items()}
+    return {
+        name: _originals_forward(network, size, device) if name in (ORIGINAL, KEPT) else ours(network)
+        for name, network in networks.items()
+    }
 
 
 def matrix_speed(device: torch.device, precision: torch.dtype, side: int = 2048) -> float:
@@ -291,20 +326,6 @@ def bench_steps(
     photos = torch.cat([photo_batch(item.photo, torch.device("cpu")) for item in drawn]).contiguous()
     masks = torch.stack([torch.from_numpy(item.mask)[None].float() / 255 for item in drawn])
 
-    def originals(network: nn.Module) -> Callable[[], None]:
-        model = copy.deepcopy(network).to(device).train()
-        optimizer, loss_fn = torch.optim.Adam(model.parameters(), lr=1e-4), DiceBCELoss()
-
-        def once() -> None:
-            x, y = photos.to(device), masks.to(device)
-            optimizer.zero_grad()
-            loss = loss_fn(model(x), y)
-            loss.backward()
-            optimizer.step()
-            loss.item()
-
-        return once
-
     def ours(source: nn.Module, config: TrainConfig) -> Callable[[], None]:
         model = copy.deepcopy(source).to(device, memory_format=training_layout(device, precision)).train()
         optimizer = make_optimizer(model, config)
@@ -316,12 +337,28 @@ def bench_steps(
         return once
 
     recipes = {SAME: TrainConfig.notebook(), "fast": TrainConfig.fast(), "tiny": TrainConfig.tiny()}
-    ways = {
-        name: originals(network) if name in (ORIGINAL, KEPT) else ours(network, recipes[name])
-        for name, network in networks.items()
-    }
-    with tqdm(total=len(ways) * (rounds + 1), desc=f"training step, {device}", disable=not progress) as bar:
-        return rows("training step, a photo", take_turns(ways, rounds, bar), units=2)
+    original = (networks[ORIGINAL], photos, masks, device)
+    ways = {ORIGINAL: None, KEPT: _originals_step(*original)}
+    ways |= {name: ours(networks[name], recipe) for name, recipe in recipes.items()}
+    bar = tqdm(total=len(ways) * (rounds + 1), desc=f"training step, {device}", disable=not progress)
+    with contextlib.closing(Apart(_originals_step, *original)) as apart, bar:
+        return rows("training step, a photo", take_turns({**ways, ORIGINAL: apart}, rounds, bar), units=2)
+
+
+def _originals_step(network: nn.Module, photos: Tensor, masks: Tensor, device: torch.device) -> Callable[[], None]:
+    model = copy.deepcopy(network).to(device).train()
+    optimizer, loss_fn = torch.optim.Adam(model.parameters(), lr=1e-4), DiceBCELoss()
+    photos, masks = photos.clone(), masks.clone()  # what another process sends is memory shared with it
+
+    def once() -> None:
+        x, y = photos.to(device), masks.to(device)
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return once
 
 
 # ------------------------------------------------------------------------------------------------------------- whole test
@@ -354,6 +391,10 @@ def originals_test(network: nn.Module, pairs: list[Any], folder: Path, size: int
     return scores
 
 
+def _originals_test(network: nn.Module, pairs: list[Any], folder: Path) -> Callable[[], list[list[float]]]:
+    return partial(originals_test, copy.deepcopy(network).eval(), pairs, folder)
+
+
 def bench_test(
     network: nn.Module,
     light: nn.Module,
@@ -368,7 +409,6 @@ def bench_test(
 
     Ours does more: AUC, MCC and clDice over frame and field of view besides the five, and an error overlay a photo.
     """
-    eager = copy.deepcopy(network).eval()
     kind = {"device": str(device), "precision": str(precision).removeprefix("torch.")}
     segmenters = {
         SAME: Segmenter(copy.deepcopy(network), **kind),
@@ -378,9 +418,6 @@ def bench_test(
     }
     results: dict[str, Any] = {}
 
-    def originals() -> None:
-        results[ORIGINAL] = originals_test(eager, pairs, scratch / "original")
-
     def our(name: str) -> Callable[[], None]:
         def once() -> None:
             pictures = scratch / name.replace(",", "").replace(" ", "-")
@@ -388,12 +425,13 @@ def bench_test(
 
         return once
 
-    ways = {ORIGINAL: originals, **{name: our(name) for name in segmenters}}
-    with tqdm(total=2 * len(ways), desc="whole test", disable=not progress) as bar:
-        seconds = take_turns(ways, 1, bar)
+    bar = tqdm(total=2 * (1 + len(segmenters)), desc="whole test", disable=not progress)
+    with contextlib.closing(Apart(_originals_test, network, pairs, scratch / "original")) as apart, bar:
+        seconds = take_turns({ORIGINAL: apart, **{name: our(name) for name in segmenters}}, 1, bar)
+        _, theirs = apart.timed()
     full = score_pairs(Segmenter(copy.deepcopy(network), device="cpu", precision="float32"), pairs, progress=False)
     agreement = {
-        "f1_original": float(np.mean([score[1] for score in results[ORIGINAL]])),
+        "f1_original": float(np.mean([score[1] for score in theirs])),
         "f1_ours_float32": full["frame"]["mean"]["f1"],
         f"f1_ours_{kind['precision']}": results[SAME]["frame"]["mean"]["f1"],
     }
@@ -423,7 +461,7 @@ def bench_predict(
         "of it: network": lambda: [segmenter(photo) for photo in photos],
         "of it: write": write,
     }
-    return rows("predict, a photo", take_turns(ways, rounds), units=len(files), photos=len(files))
+    return rows("predict, a photo", take_turns(ways, rounds, kept=False), units=len(files), photos=len(files))
 
 
 # ----------------------------------------------------------------------------------------------------------------- growth

@@ -23,6 +23,22 @@ def test_the_ways_take_turns_and_the_first_round_is_not_counted():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
+def counting(start: int):
+    """A way that gives start, start + 1, …, call by call."""
+    numbers = iter(range(start, 100))
+    return lambda: next(numbers)
+
+
+def test_a_way_apart_runs_twice_a_turn_in_a_process_of_its_own():
+    apart = bench.Apart(counting, 5)
+    try:
+        (first, one), (_, three) = apart.timed(), apart.timed()
+        assert (one, three) == (6, 8) and 0 < first < 1
+        assert bench.take_turns({"a": apart}, rounds=2).keys() == {"a"} and apart.timed()[1] == 16
+    finally:
+        apart.close()
+
+
 def test_rows_hold_medians_quartiles_and_ratios_to_the_first_way():
     slow, quick = bench.rows("task", {"slow": [4.0, 8.0, 6.0], "quick": [1.0, 3.0, 2.0]}, units=2, photos=2)
     assert (slow["median"], slow["ratio"], slow["quartiles"]) == (3.0, 1.0, [2.5, 3.5])
