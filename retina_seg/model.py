@@ -85,11 +85,11 @@ class AttentionGate(nn.Module):
 
     def attention(self, gate: Tensor, skip: Tensor) -> Tensor:
         """The weights a, (N, out, H, W) in (0, 1): what the gate looks at."""
-        return self.output(torch.relu(self.Ws(skip) * self.Wg(gate)))
+        return self.output((self.Ws(skip) * self.Wg(gate)).relu_())
 
     def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
         value = self.Wv(torch.cat([gate, skip], dim=1))
-        return value * self.attention(gate, skip) + value
+        return torch.addcmul(value, value, self.attention(gate, skip))  # in one pass over memory
 
 
 class DecoderBlock(nn.Module):
@@ -173,8 +173,8 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.drop(torch.relu(self.norm1(self.conv1(x))))
-        return torch.relu(x + self.norm2(self.conv2(y)))
+        y = self.drop(self.norm1(self.conv1(x)).relu_())
+        return (x + self.norm2(self.conv2(y))).relu_()
 
 
 class FastAttentionUNet(nn.Module):
