@@ -107,7 +107,7 @@ FAULTS = [
     (
         "the gate mutes instead of amplifying",
         "model",
-        "return value * self.attention(gate, skip) + value",
+        "return torch.addcmul(value, value, self.attention(gate, skip))",
         "return value * self.attention(gate, skip)",
         "model",
     ),
