@@ -180,7 +180,8 @@ def bench(
         value["rows"] += [{**row, **named} for row in bench_forward(networks, size, rounds, where, how, progress)]
         value["rows"] += [{**row, **named} for row in bench_steps(networks, size, rounds, where, how, progress)]
         value["floors"] += [{**row, **named} for row in floors(networks, size, where, how)]
-        value["profile"] += [{**row, **named} for row in profile_forward(networks, size, where, how)]
+        profiled = {name: network for name, network in networks.items() if name != KEPT}  # the original's operations
+        value["profile"] += [{**row, **named} for row in profile_forward(profiled, size, where, how)]
     how = choose_precision(precision, first)
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
@@ -235,9 +236,8 @@ def bench_forward(
 
 def _originals_forward(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
     eager = copy.deepcopy(network).to(device).eval()
-    photo = photo_batch(
-        synthetic.draw_photo(0, size, size).photo, device
-    ).contiguous()  # as the original's loader gives it
+    # contiguous, as the original's loader gives it
+    photo = photo_batch(synthetic.draw_photo(0, size, size).photo, device).contiguous()
 
     def once() -> None:
         with torch.no_grad():
@@ -338,11 +338,11 @@ def bench_steps(
 
     recipes = {SAME: TrainConfig.notebook(), "fast": TrainConfig.fast(), "tiny": TrainConfig.tiny()}
     original = (networks[ORIGINAL], photos, masks, device)
-    ways = {ORIGINAL: None, KEPT: _originals_step(*original)}
-    ways |= {name: ours(networks[name], recipe) for name, recipe in recipes.items()}
-    bar = tqdm(total=len(ways) * (rounds + 1), desc=f"training step, {device}", disable=not progress)
+    bar = tqdm(total=len(networks) * (rounds + 1), desc=f"training step, {device}", disable=not progress)
     with contextlib.closing(Apart(_originals_step, *original)) as apart, bar:
-        return rows("training step, a photo", take_turns({**ways, ORIGINAL: apart}, rounds, bar), units=2)
+        ways = {ORIGINAL: apart, KEPT: _originals_step(*original)}
+        ways |= {name: ours(networks[name], recipe) for name, recipe in recipes.items()}
+        return rows("training step, a photo", take_turns(ways, rounds, bar), units=2)
 
 
 def _originals_step(network: nn.Module, photos: Tensor, masks: Tensor, device: torch.device) -> Callable[[], None]:
@@ -391,10 +391,6 @@ def originals_test(network: nn.Module, pairs: list[Any], folder: Path, size: int
     return scores
 
 
-def _originals_test(network: nn.Module, pairs: list[Any], folder: Path) -> Callable[[], list[list[float]]]:
-    return partial(originals_test, copy.deepcopy(network).eval(), pairs, folder)
-
-
 def bench_test(
     network: nn.Module,
     light: nn.Module,
@@ -426,8 +422,9 @@ def bench_test(
         return once
 
     bar = tqdm(total=2 * (1 + len(segmenters)), desc="whole test", disable=not progress)
-    with contextlib.closing(Apart(_originals_test, network, pairs, scratch / "original")) as apart, bar:
-        seconds = take_turns({ORIGINAL: apart, **{name: our(name) for name in segmenters}}, 1, bar)
+    with contextlib.closing(Apart(partial, originals_test, network, pairs, scratch / "original")) as apart, bar:
+        # scoring keeps its memory by itself
+        seconds = take_turns({ORIGINAL: apart, **{name: our(name) for name in segmenters}}, 1, bar, kept=False)
         _, theirs = apart.timed()
     full = score_pairs(Segmenter(copy.deepcopy(network), device="cpu", precision="float32"), pairs, progress=False)
     agreement = {
