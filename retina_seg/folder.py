@@ -18,6 +18,7 @@ import hashlib
 import io
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ from retina_seg.distributed import ALONE, Group
 from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import PHOTO_ENDINGS, natural_key, read_photo, write_picture
 from retina_seg.predict import Segmenter
-from retina_seg.utils import UserError, ahead, create_dir, write_text
+from retina_seg.utils import UserError, create_dir, side_by_side, write_text
 from retina_seg.visualize import vessel_overlay
 
 OUTPUTS = ("probability", "vessels", "overlay")
 COLUMNS = ("input", "name", "width", "height", "fov_diameter", "vessel_share", "seconds", "weights", "status")
 DONE = "ok"
+LARGE = 3 * 40_000_000  # values of a photo; those with more are worked on one at a time, for memory
 SAVE_EVERY = 10.0  # seconds between two writings of the summary
 PLAN, PLAN_COLUMNS = ".plan.csv", ("input", "name", "path")
 
@@ -172,21 +174,18 @@ def _plan(
 
 
 def _do(segmenter: Segmenter, tasks: Iterable[dict[str, str]], output: Path, weights: str) -> Iterator[dict[str, Any]]:
-    """Segment the photos of these lines of the plan; their rows, in order.
+    """Segment the photos of these lines of the plan; their rows, in order."""
+    turn_of_large_ones = threading.Lock()
 
-    Three are under way at once: the next one is read and the last one written while the network is at this one.
-    """
-
-    def answered() -> Iterator[_Photo]:
-        for photo in ahead(_Photo.read, tasks):
+    def one(task: dict[str, str]) -> dict[str, Any]:
+        photo = _Photo.read(task)
+        large = photo.pixels is not None and photo.pixels.size > LARGE
+        with turn_of_large_ones if large else contextlib.nullcontext():
             photo.segment(segmenter)
-            yield photo
+            found = photo.write(output / task["name"], segmenter.threshold)
+        return {"input": task["input"], "name": task["name"], "weights": weights, **found}
 
-    def write(photo: _Photo) -> dict[str, Any]:
-        found = photo.write(output / photo.task["name"], segmenter.threshold)
-        return {"input": photo.task["input"], "name": photo.task["name"], "weights": weights, **found}
-
-    yield from ahead(write, answered())
+    yield from side_by_side(one, tasks, segmenter.device)
 
 
 def _do_share(segmenter: Segmenter, output: Path, weights: str, group: Group, progress: bool) -> None:

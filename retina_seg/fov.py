@@ -31,7 +31,8 @@ def find_fov(photo: np.ndarray) -> np.ndarray:
     scale = min(1.0, DETECTION_SIDE / max(height, width))
     small_size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = cv2.resize(photo, small_size, interpolation=cv2.INTER_AREA) if scale < 1 else photo
-    light = cv2.medianBlur(np.ascontiguousarray(small.max(axis=2)), 5)  # red in most photos; grey ones work too
+    red, green, blue = cv2.split(small)
+    light = cv2.medianBlur(cv2.max(cv2.max(red, green), blue), 5)  # red in most photos; grey ones work too
     bright = float(np.percentile(light, 95))
     if bright <= BLACK:
         return np.zeros((height, width), bool)

@@ -31,6 +31,29 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 _STDERR = threading.Lock()  # for whoever points the process's standard error elsewhere
 
 
+class _Quiet:
+    """Within the block no warning is shown. `warnings.catch_warnings` for threads: all of them leave before it ends."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._caught = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._caught.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.close()
+
+
+_QUIET = _Quiet()
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The decoder of `path` with its header read and its size checked; anything it raises becomes a `UserError`."""
@@ -48,17 +71,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             if len(data) > MAX_BYTES:
                 raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; give a smaller file")
             source = io.BytesIO(data)
-        with warnings.catch_warnings():
-            # our own bound, below, replaces Pillow's warning; its other remarks on odd files are no news to a user
-            warnings.simplefilter("ignore")
-            with Image.open(source, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UserError(
-                        f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the photo down"
-                    )
-                with _without_libtiffs_remarks() if image.format == "TIFF" else contextlib.nullcontext():
-                    yield image
+        # our own bound, below, replaces Pillow's warning; its other remarks on odd files are no news to a user
+        with _QUIET, Image.open(source, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the photo down")
+            with _without_libtiffs_remarks() if image.format == "TIFF" else contextlib.nullcontext():
+                yield image
     except UserError:
         raise
     except MemoryError:
@@ -146,7 +165,7 @@ def write_picture(path: str | Path, picture: np.ndarray) -> None:
             iio.imwrite(temporary, picture, plugin="pillow")
             return
         # OpenCV's own choice of filter and strategy writes two to six times as fast as Pillow at its fastest, as small
-        done, content = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]) if picture.ndim == 3 else picture)
+        done, content = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if picture.ndim == 3 else picture)
         if not done:
             raise OSError("OpenCV could not encode it")
         temporary.write_bytes(content)

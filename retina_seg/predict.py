@@ -139,12 +139,15 @@ class Segmenter:
             UserError: weights whose answer is not a number.
         """
         photo = as_photo(photo)
+        squeezed = self.frame["kind"] == "squeeze"
+        if everywhere and squeezed and fov is None:
+            return self._squeezed(photo)  # wherever its field of view is
         fov = find_fov(photo) if fov is None else fov
         if fov.shape != photo.shape[:2] or fov.dtype != bool:
             raise ValueError(f"fov must be bool of shape {photo.shape[:2]}, got {fov.dtype} {fov.shape}")
         if not fov.any() and not everywhere:
             return np.zeros(photo.shape[:2], np.float32)
-        probability = self._squeezed(photo) if self.frame["kind"] == "squeeze" else self._scaled(photo, fov)
+        probability = self._squeezed(photo) if squeezed else self._scaled(photo, fov)
         if not everywhere:
             probability[~fov] = 0
         return probability
@@ -229,7 +232,7 @@ def inference_network(model: nn.Module, device: torch.device, precision: torch.d
 
 def photo_batch(photo: np.ndarray, device: torch.device) -> Tensor:
     """(H, W, 3) uint8 RGB -> (1, 3, H, W) float32 BGR in [0, 1], channels last, on `device`."""
-    batch = torch.from_numpy(np.ascontiguousarray(photo[:, :, ::-1])).to(device)
+    batch = torch.from_numpy(cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)).to(device)
     return batch.permute(2, 0, 1).unsqueeze(0).float() / 255  # a permuted picture is in channels-last order already
 
 

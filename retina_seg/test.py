@@ -16,8 +16,8 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,17 @@ from retina_seg.data import Augmentation, Pair, augment_colour, list_pairs, load
 from retina_seg.images import write_picture
 from retina_seg.model import count_parameters, load_checkpoint
 from retina_seg.predict import Segmenter, find_checkpoint
-from retina_seg.utils import UserError, ahead, create_dir, environment, memory_kept, read_json, write_json, write_text
+from retina_seg.utils import (
+    UserError,
+    create_dir,
+    environment,
+    memory_kept,
+    photos_at_once,
+    read_json,
+    side_by_side,
+    write_json,
+    write_text,
+)
 from retina_seg.visualize import mask_parse  # the original's name, importable from here
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
@@ -72,14 +82,24 @@ def _prepare(pair: Pair, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     return photo, label, fov, None if second is None else second > 127
 
 
-def _drawn_name(pair: Pair, draw: tuple[int, int]) -> Pair:
-    return replace(pair, name=f"{pair.name}-colours-{draw[1] + 1}")
-
-
 def _recoloured(photo: np.ndarray, draw: tuple[int, int]) -> np.ndarray:
     """`photo` (H, W, 3) uint8 in the colours of the `draw` (number of the photo, number of the draw)."""
     rng = np.random.default_rng([7, *draw])
     return np.rint(augment_colour(photo.astype(np.float32) / 255, Augmentation(), rng) * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One photo, scored: label (H, W) bool, probability (H, W) float32, region -> mask and scores, error overlay."""
+
+    name: str
+    true: np.ndarray
+    probability: np.ndarray
+    masks: dict[str, np.ndarray | None]
+    scores: dict[str, metrics.PhotoScores]
+    second_observer: dict[str, metrics.PhotoScores]
+    seconds: float
+    thumbnail: np.ndarray | None
 
 
 def score_pairs(
@@ -117,56 +137,48 @@ def score_pairs(
     regions = ("frame", "fov")
     totals = {region: metrics.SetScores() for region in regions}
     seconds_totals = {region: metrics.SetScores() for region in regions}
-    rows, sheet, times = [], [], []
     if pictures is not None:
         pictures = create_dir(pictures)
+    shown = [(pair, draw) for pair in pairs for draw in (range(recolour) if recolour else (None,))]
 
-    shown = [(pair, (number, draw)) for number, pair in enumerate(pairs) for draw in range(recolour)]
-    shown = shown or [(pair, None) for pair in pairs]
-
-    def prepare(item: tuple[Pair, tuple[int, int] | None]) -> tuple[Pair, tuple]:
-        pair, draw = item
-        photo, *others = _prepare(pair, protocol)
-        return (
-            (pair, (photo, *others)) if draw is None else (_drawn_name(pair, draw), (_recoloured(photo, draw), *others))
-        )
-
-    def segmented() -> Iterator[tuple]:
-        for pair, prepared in ahead(prepare, shown):
-            photo = prepared[0]
-            start = time.perf_counter()
-            try:  # the original's protocol keeps what the network says of the black surround
-                probability = segmenter(photo, everywhere=protocol == "notebook")
-            except UserError as error:
-                raise UserError(f"{pair.image}: {error}") from None
-            times.append(time.perf_counter() - start)
-            yield pair, *prepared, probability, times[-1]
-
-    def scored(item: tuple) -> None:
-        pair, photo, label, fov, second, probability, seconds = item
-        true, predicted = label > 127, probability > threshold
-        masks = {"frame": None, "fov": fov}
+    def one(item: tuple[int, tuple[Pair, int | None]]) -> _Scored:
+        number, (pair, draw) = item
+        photo, label, fov, second = _prepare(pair, protocol)
+        name = pair.name
+        if draw is not None:
+            name, photo = f"{name}-colours-{draw + 1}", _recoloured(photo, (number // recolour, draw))
+        start = time.perf_counter()
+        try:  # the original's protocol keeps what the network says of the black surround
+            probability = segmenter(photo, everywhere=protocol == "notebook")
+        except UserError as error:
+            raise UserError(f"{pair.image}: {error}") from None
+        seconds = time.perf_counter() - start
+        true, predicted, masks = label > 127, probability > threshold, {"frame": None, "fov": fov}
         scores = metrics.score_photo(true, predicted, probability, masks)
-        for region in regions:
-            totals[region].add(scores[region], true, probability, masks[region])
-        if second is not None:
-            for region, score in metrics.score_photo(true, second, None, masks).items():
-                seconds_totals[region].add(score, true, None, masks[region])
-        rows.append({"name": pair.name, **{region: scores[region].scores for region in regions}, "seconds": seconds})
+        others = {} if second is None else metrics.score_photo(true, second, None, masks)
+        thumbnail = None
         if pictures is not None:
             line = visualize.strip(photo, label, (predicted * 255).astype(np.uint8))
-            name = os.fsencode(pair.name)  # file systems take 255 bytes: leave room for what comes behind
-            stem = pair.name if len(name) <= 200 else f"{os.fsdecode(name[:190])}-{len(rows)}"
+            stem = os.fsencode(name)  # file systems take 255 bytes: leave room for what comes behind
+            stem = name if len(stem) <= 200 else f"{os.fsdecode(stem[:190])}-{number + 1}"
             write_picture(pictures / f"{stem}.png", line)
             errors = visualize.error_overlay(photo, true, predicted, None if protocol == "notebook" else fov)
             write_picture(pictures / f"{stem}_errors.png", errors)
-            sheet.append((scores["frame"].scores["f1"], pair.name, visualize.shrink(errors, 320)))
+            thumbnail = visualize.shrink(errors, 320)
+        return _Scored(name, true, probability, masks, scores, others, seconds, thumbnail)
 
-    # three at once: the next photo is read and the last one scored and drawn while the network is at this one
-    bar = tqdm(ahead(scored, segmented()), desc="testing", unit="photo", total=len(shown), disable=not progress)
+    rows, sheet = [], []
+    done = side_by_side(one, enumerate(shown), segmenter.device)
     with memory_kept():
-        for _ in bar:
-            pass
+        for photo in tqdm(done, desc="testing", unit="photo", total=len(shown), disable=not progress):
+            for region, mask in photo.masks.items():
+                totals[region].add(photo.scores[region], photo.true, photo.probability, mask)
+                if photo.second_observer:
+                    seconds_totals[region].add(photo.second_observer[region], photo.true, None, mask)
+            values = {region: photo.scores[region].scores for region in regions}
+            rows.append({"name": photo.name, **values, "seconds": photo.seconds})
+            if photo.thumbnail is not None:
+                sheet.append((values["frame"]["f1"], photo.name, photo.thumbnail))
     result: dict[str, Any] = {region: totals[region].summary() for region in regions}
     if seconds_totals["frame"].photos:
         result["second_observer"] = {region: seconds_totals[region].summary() for region in regions}
@@ -174,7 +186,7 @@ def score_pairs(
     result |= {
         "images": rows,
         "threshold": threshold,
-        "seconds": float(np.mean(times)),
+        "seconds": float(np.mean([row["seconds"] for row in rows])),
         "curves": {region: totals[region].ranking for region in regions},
         "sheet": sheet,
     }
@@ -249,7 +261,7 @@ def test(
         **{key: result[key] for key in ("frame", "fov", "second_observer") if key in result},
         "images": result["images"],
         "speed": {
-            "images_per_second": 1 / result["seconds"],
+            "images_per_second": photos_at_once(segmenter.device) / result["seconds"],
             **{k: v for k, v in environment(segmenter.device, segmenter.precision).items() if k != "packages"},
         },
     }

@@ -16,12 +16,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+AT_ONCE = 4  # photos under way at a time: more would mostly take more memory
 
 
 class UserError(Exception):
@@ -145,7 +148,9 @@ def memory_kept() -> Iterator[None]:
     if mallopt is None:
         yield
         return
-    trim, mapped_from, most_mapped = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX in malloc.h
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX in malloc.h
+    trim, mapped_from, most_mapped, most_arenas = -1, -3, -4, -8
+    mallopt(most_arenas, 1)  # the arenas that threads have of their own give back whatever they can
     mallopt(most_mapped, 0)
     mallopt(trim, -1)  # never
     try:
@@ -178,15 +183,21 @@ def available_memory(device: torch.device) -> int | None:
     return max(0, min(found)) if found else None
 
 
-def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int = 1) -> Iterator[Any]:
+def ahead(
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    depth: int = 1,
+    workers: int = 1,
+    set_up: Callable[[], None] | None = None,
+) -> Iterator[Any]:
     """`function(item)` for every item, in order, worked out in a thread up to `depth` items before it is asked for.
 
-    For reading, scoring and writing beside a network: what they call (OpenCV, NumPy, zlib) lets other threads run. An
-    error of `function`, or of `items`, is raised behind the results of all items before; who stops asking waits for what
-    is under way.
+    For work beside other work: what it calls (OpenCV, NumPy, zlib, torch) lets other threads run. With several `workers`
+    `function` is called by as many threads at once, each of which calls `set_up` first. An error of `function`, or of
+    `items`, is raised behind the results of all items before; who stops asking waits for what is under way.
     """
     source, failed = iter(items), None
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(workers, initializer=set_up) as pool:
         waiting: deque[Future] = deque()
         try:
             while True:
@@ -207,6 +218,26 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int = 1) 
                 future.cancel()
     if failed is not None:
         raise failed
+
+
+def photos_at_once(device: torch.device) -> int:
+    """How many photos `side_by_side` has under way at a time."""
+    return min(torch.get_num_threads(), AT_ONCE) if device.type == "cpu" else AT_ONCE
+
+
+def side_by_side(function: Callable[[Any], Any], items: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """`function(item)` for every item, in order, `photos_at_once` at a time; for work with a network on `device`.
+
+    On a processor the items share out torch's threads: two photos on a thread each are done sooner than one after the
+    other on two, since threads that share a layer wait for each other at its end, and reading, scoring and writing keep
+    a single one busy (results/README.md has the figures). On a GPU one is read or written while another is segmented.
+    """
+    threads, workers = torch.get_num_threads(), photos_at_once(device)
+    set_up = partial(torch.set_num_threads, max(1, threads // workers))
+    try:
+        yield from ahead(function, items, 2 * workers, workers, set_up)
+    finally:
+        torch.set_num_threads(threads)  # the number that new threads start with is common to all
 
 
 # --------------------------------------------------------------------------------------------------- files, all or none

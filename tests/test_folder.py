@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 
 import numpy as np
 import pytest
@@ -183,6 +184,33 @@ def test_a_photo_too_large_for_the_machine_does_not_stop_the_rest(segmenter, pho
     monkeypatch.setattr(folder, "find_fov", full_at_the_tif)
     rows = {row["name"]: row["status"] for row in run(segmenter, [photos], tmp_path / "out")}
     assert "no room" in rows.pop("aa") and set(rows.values()) == {DONE}
+
+
+def test_photos_side_by_side_are_those_one_by_one_and_large_ones_take_turns(segmenter, tmp_path, monkeypatch):
+    place = tmp_path / "photos"
+    place.mkdir()
+    for number in range(8):
+        write_picture(place / f"{number}.png", draw_photo(number, 64, 72).photo)
+    running, most = [], {}
+    plain = segmenter.model.forward
+
+    def slow(x):
+        running.append(1)
+        most[case] = max(most.get(case, 0), len(running))
+        time.sleep(0.02)
+        running.pop()
+        return plain(x)
+
+    segmenter.network.forward = slow
+    threads = torch.get_num_threads()
+    for case, count, large in (("alone", 1, 1 << 30), ("beside", 3, 1 << 30), ("large", 3, 0)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(folder, "LARGE", large)
+        run(segmenter, [place], tmp_path / case)
+    torch.set_num_threads(threads)
+    assert most["alone"] == 1 and most["beside"] > 1 and most["large"] == 1
+    made = {case: {p.name: p.read_bytes() for p in (tmp_path / case).glob("*.png")} for case in most}
+    assert len(made["alone"]) == 24 and made["alone"] == made["beside"] == made["large"]
 
 
 def test_photos_are_upright(segmenter, tmp_path):

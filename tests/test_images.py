@@ -3,7 +3,11 @@
 import gzip
 import os
 import struct
+import threading
+import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -330,3 +334,28 @@ def test_what_cannot_be_listed_is_named(tmp_path):
     for path in (tmp_path / "missing", tmp_path / "file.png"):
         with pytest.raises(UserError, match=f"{path.name}: cannot be listed"):
             list_pictures(path)
+
+
+def test_remarks_of_decoders_are_silenced_in_every_thread_and_heard_again_behind(tmp_path):
+    class Remark(Warning):
+        pass
+
+    inside, out = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+
+    def read(leaves_first):
+        with images._QUIET:
+            inside.wait()
+            if leaves_first:
+                out.wait()
+            else:
+                out.wait()
+                time.sleep(0.05)  # the other has left by now
+                warnings.warn("decoder", Remark, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(read, (True, False)))
+        assert heard == []
+        warnings.warn("behind", Remark, stacklevel=1)
+    assert [str(remark.message) for remark in heard] == ["behind"]

@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -334,8 +336,6 @@ def test_ahead_raises_where_the_result_is_asked_for():
 
 
 def test_ahead_works_beside_its_caller():
-    import threading
-
     here = threading.get_ident()
     assert all(ident != here for ident in utils.ahead(lambda _: threading.get_ident(), range(3)))
 
@@ -350,3 +350,47 @@ def test_ahead_hands_out_what_was_begun_before_its_source_fails():
         for number in results:
             seen.append(number)
     assert seen == [1, 2]
+
+
+@pytest.fixture
+def threads():
+    """torch on three threads, whatever this machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_side_by_side_shares_the_threads_out_and_gives_them_back(threads):
+    gate = threading.Barrier(3, timeout=60)  # passed only by three at once
+
+    def work(number):
+        gate.wait()
+        return number, torch.get_num_threads()
+
+    assert utils.photos_at_once(CPU) == 3
+    assert list(utils.side_by_side(work, range(6), CPU)) == [(number, 1) for number in range(6)]
+    assert torch.get_num_threads() == 3
+    assert list(utils.ahead(lambda _: torch.get_num_threads(), range(2))) == [3, 3]  # what new threads start with too
+
+
+def test_side_by_side_is_bounded_and_gives_the_threads_back_after_an_error(threads, monkeypatch):
+    monkeypatch.setattr(utils, "AT_ONCE", 2)
+    running, most, lock = set(), [], threading.Lock()
+
+    def work(number):
+        with lock:
+            running.add(number)
+            most.append(len(running))
+        time.sleep(0.01)
+        with lock:
+            running.remove(number)
+        if number == 7:
+            raise UserError("seven")
+        return number
+
+    results = utils.side_by_side(work, range(20), CPU)
+    with pytest.raises(UserError, match="seven"):
+        for expected in range(20):
+            assert next(results) == expected
+    assert expected == 7 and max(most) == 2 and torch.get_num_threads() == 3
