@@ -64,13 +64,16 @@ def export(weights: str | Path, output: str | Path) -> float:
 def about(segmenter: Segmenter, weights: str) -> dict[str, str]:
     """All that a user without this package must know of the network, as ONNX keeps it: text by name.
 
-    `weights` is `folder.weights_id` of the checkpoint. Of the frame "fov" there are "fov_diameter" (pixels across the
-    field of view) and "margin" (pixels of black around it), of "squeeze" there are "height" and "width" (pixels).
+    `weights` is `folder.weights_id` of the checkpoint. Of the frame "fov" there are "fov_diameter" and "largest_diameter"
+    (pixels across the field of view, `predict.working_diameter`) and "margin" (pixels of black around it), of "squeeze"
+    there are "height" and "width" (pixels).
     """
     if segmenter.frame["kind"] == "squeeze":
         frame = dict(zip(("height", "width"), segmenter.frame["size"], strict=True))
     else:
-        frame = {"fov_diameter": segmenter.frame["fov_diameter"], "margin": segmenter.margin}
+        least = segmenter.frame["fov_diameter"]
+        largest = segmenter.frame.get("largest_diameter", least)
+        frame = {"fov_diameter": least, "largest_diameter": largest, "margin": segmenter.margin}
     notes: dict[str, Any] = {
         "notice": "For learning and research; not a medical device.",
         "retina_seg_version": __version__,

@@ -62,7 +62,8 @@ class Segmenter:
     Args:
         model: gives logits (N, 1, H, W) for (N, 3, H, W) BGR in [0, 1]; has `stride`, and `receptive_field` (pixels to
             either side, None where a tile would be seen differently than the whole photo).
-        frame: {"kind": "squeeze", "size": [height, width]} or {"kind": "fov", "fov_diameter": pixels}.
+        frame: {"kind": "squeeze", "size": [height, width]}, or {"kind": "fov", "fov_diameter": pixels}, with a
+            "largest_diameter" where larger photos are to be seen larger (`working_diameter`).
         threshold: what `vessels` cuts at.
         device, precision: as in `utils.choose_device` and `choose_precision`.
         working_size: overrides the frame's size or diameter, pixels.
@@ -96,6 +97,7 @@ class Segmenter:
                 ("size", [working_size] * 2) if self.frame["kind"] == "squeeze" else ("fov_diameter", working_size)
             )
             self.frame[key] = value
+            self.frame.pop("largest_diameter", None)
 
     @classmethod
     def load(cls, name: str | Path, threshold: float | None = None, **options: Any) -> Segmenter:
@@ -173,7 +175,8 @@ class Segmenter:
     def _scaled(self, photo: np.ndarray, fov: np.ndarray) -> np.ndarray:
         top, left, bottom, right = fov_box(fov)
         inside = photo[top:bottom, left:right]
-        scale = self.frame["fov_diameter"] / max(fov_diameter(fov), 1.0)
+        diameter = max(fov_diameter(fov), 1.0)
+        scale = working_diameter(self.frame, diameter) / diameter
         if abs(scale - 1) > SAME_SCALE:
             size = [max(1, round(side * scale)) for side in inside.shape[1::-1]]
             inside = cv2.resize(inside, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -283,6 +286,17 @@ def _probability(logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return torch.sigmoid(torch.from_numpy(logits)).numpy()
 
 
+def working_diameter(frame: dict[str, Any], diameter: float) -> float:
+    """The diameter in pixels to which the frame "fov" brings a field of view of `diameter` pixels.
+
+    Its "fov_diameter"; where it has a "largest_diameter", a field of view larger than the first is brought half way, the
+    geometric mean of both, but to no more than the second. What was labelled on a larger photo is finer, and a network
+    trained on several cameras finds more of it there (results/README.md, on cameras left out of training).
+    """
+    least = frame["fov_diameter"]
+    return min(max(least, math.sqrt(least * diameter)), frame.get("largest_diameter", least))
+
+
 def _is_frame(frame: Any) -> bool:
     if not isinstance(frame, dict):
         return False
@@ -290,5 +304,6 @@ def _is_frame(frame: Any) -> bool:
         size = frame.get("size")
         whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) for n in size)
         return whole and all(0 < n <= LARGEST_SIDE for n in size)
-    diameter = frame.get("fov_diameter")
-    return frame.get("kind") == "fov" and isinstance(diameter, (int, float)) and 0 < diameter <= LARGEST_SIDE
+    least, largest = frame.get("fov_diameter"), frame.get("largest_diameter", frame.get("fov_diameter"))
+    numbers = all(isinstance(diameter, (int, float)) for diameter in (least, largest))
+    return frame.get("kind") == "fov" and numbers and 0 < least <= largest <= LARGEST_SIDE

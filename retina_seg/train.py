@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from retina_seg import data as sets
 from retina_seg import loss as losses
 from retina_seg.distributed import ALONE, Group, own_session, share
+from retina_seg.fov import LARGEST_SIDE
 from retina_seg.metrics import best_threshold
 from retina_seg.model import build_model, count_parameters, load_model, save_model
 from retina_seg.optim import Muon
@@ -71,6 +72,8 @@ class TrainConfig:
         size: side of what the network is fed, pixels; a multiple of its stride.
         fov_diameter: with "fov", the scale; None: the median of the training photos.
         working_diameter: what it is brought to where the network is validated and used; None: the training's.
+        largest_diameter: what larger photos are brought to at most, where the network is used (`predict.working_diameter`);
+            None: all to one diameter.
         augmentation: changes to `data.Augmentation`'s defaults, by name; with "fov" only.
         repeats: windows a photo and epoch; with "fov" only.
         epochs, batch_size, learning_rate, weight_decay, seed: as usual. The batch size is that of each process: several
@@ -102,6 +105,7 @@ class TrainConfig:
     size: int = 512
     fov_diameter: float | None = None
     working_diameter: float | None = None
+    largest_diameter: float | None = None
     augmentation: dict[str, Any] = field(default_factory=dict)
     repeats: int = 1
     epochs: int = 10
@@ -159,8 +163,11 @@ class TrainConfig:
 
     @classmethod
     def general(cls, **changes: Any) -> TrainConfig:
-        """`fast` for photos of any camera: trained on several sets together, so with fewer windows a photo and epoch."""
-        recipe = {"preset": "general", "repeats": 12}
+        """`fast` for photos of any camera: trained on several sets together, so with fewer windows a photo and epoch.
+
+        Large photos are seen up to half as large again as the others.
+        """
+        recipe = {"preset": "general", "repeats": 12, "largest_diameter": 1080.0}
         return cls.fast(**{**recipe, **changes})
 
     @classmethod
@@ -203,7 +210,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "repeats", "size", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a whole number from 1 on")
-        for name in ("fov_diameter", "working_diameter"):
+        for name in ("fov_diameter", "working_diameter", "largest_diameter"):
             if getattr(self, name) is not None and not getattr(self, name) >= 32:
                 raise UserError(f"{name} {getattr(self, name)}: must be 32 pixels at least")
         if not self.learning_rate > 0:
@@ -466,6 +473,13 @@ def _open_data(config: TrainConfig, stride: int) -> _Loaders:
         diameter = config.working_diameter or train_set.diameter
         validation_set = sets.WholePhotos(validation, diameter, stride) if validation else None
         frame = {"kind": "fov", "fov_diameter": diameter}
+        if config.largest_diameter is not None:
+            if not diameter <= config.largest_diameter <= LARGEST_SIDE:
+                raise UserError(
+                    f"largest_diameter {config.largest_diameter}: must lie between the working diameter, {diameter:g}, "
+                    f"and {LARGEST_SIDE} pixels"
+                )
+            frame["largest_diameter"] = config.largest_diameter
     names = [sorted({pair.name for pair in pairs}, key=lambda n: (len(n), n)) for pairs in (training, validation)]
     return _Loaders(train_set, validation_set, *names, frame, remarks)
 

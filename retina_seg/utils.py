@@ -228,9 +228,10 @@ def photos_at_once(device: torch.device) -> int:
 def side_by_side(function: Callable[[Any], Any], items: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """`function(item)` for every item, in order, `photos_at_once` at a time; for work with a network on `device`.
 
-    On a processor the items share out torch's threads: two photos on a thread each are done sooner than one after the
-    other on two, since threads that share a layer wait for each other at its end, and reading, scoring and writing keep
-    a single one busy (results/README.md has the figures). On a GPU one is read or written while another is segmented.
+    On a processor the items share out torch's threads: a photo with a thread of its own from file to files. A network that
+    takes all threads for one photo is stopped at every layer by whoever reads, scores or writes meanwhile (predict and test
+    take a fifth to a quarter less time a photo, results/README.md). On a GPU one is read or written while another is
+    segmented.
     """
     threads, workers = torch.get_num_threads(), photos_at_once(device)
     set_up = partial(torch.set_num_threads, max(1, threads // workers))

@@ -788,6 +788,14 @@ CHECKPOINTS: dict[str, tuple[Callable[[Bench], Path], str]] = {
     "gigabytes of weights in a small file": (wide, "odd.pth: "),
     "a frame of 10^9 pixels": (lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": 1e9}), FRAME),
     "a frame of endless pixels": (lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": float("inf")}), FRAME),
+    "a frame whose largest is its smallest": (
+        lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": 90.0, "largest_diameter": 80.0}),
+        FRAME,
+    ),
+    "a frame that grows without end": (
+        lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": 90.0, "largest_diameter": float("nan")}),
+        FRAME,
+    ),
     "a frame of 10^6 x 10^6": (lambda b: b.checkpoint(frame={"kind": "squeeze", "size": [10**6, 10**6]}), FRAME),
     "a frame of text": (lambda b: b.checkpoint(frame={"kind": "squeeze", "size": ["big", "big"]}), FRAME),
     "a frame that is text": (lambda b: b.checkpoint(frame="squeeze"), FRAME),

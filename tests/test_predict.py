@@ -8,7 +8,7 @@ from torch import nn
 
 from retina_seg.fov import find_fov
 from retina_seg.model import FastAttentionUNet, attention_unet, save_model
-from retina_seg.predict import Segmenter, find_checkpoint, tiled
+from retina_seg.predict import Segmenter, find_checkpoint, tiled, working_diameter
 from retina_seg.synthetic import draw_photo
 from retina_seg.utils import UserError
 
@@ -103,6 +103,31 @@ def test_a_working_size_overrides_the_frame(photo, side):
 
     Segmenter(Spy(), FOV_FRAME, device="cpu", working_size=side)(photo, np.ones(photo.shape[:2], bool))
     assert max(seen[0]) == pytest.approx(side + 2 * 2 * Dark.stride, abs=4)  # and the dark surround, two strides wide
+
+
+@pytest.mark.parametrize(
+    ("diameter", "expected"), [(20, 100), (100, 100), (121, 110), (200, 141.42), (225, 150), (300, 150)]
+)
+def test_larger_photos_are_seen_half_way_up_to_a_bound(diameter, expected):
+    frame = {"kind": "fov", "fov_diameter": 100.0}
+    assert working_diameter(frame, diameter) == 100
+    assert working_diameter({**frame, "largest_diameter": 150.0}, diameter) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_network_sees_larger_photos_larger():
+    seen = []
+
+    def look(photo):
+        seen.append(int((photo.max(axis=2) > 0).any(axis=0).sum()))  # lit columns
+        return np.zeros(photo.shape[:2], np.float32)
+
+    frame = {"kind": "fov", "fov_diameter": 60.0, "largest_diameter": 120.0}
+    for options in ({}, {"working_size": 70}):
+        segmenter = Segmenter(Dark(), frame, device="cpu", **options)
+        segmenter._forward = look
+        for side in (50, 135, 400):
+            segmenter(np.full((side, side, 3), 90, np.uint8))
+    assert seen == [60, 90, 120, 70, 70, 70]
 
 
 def test_a_black_photo_has_no_vessels():

@@ -54,6 +54,14 @@ def test_notebook_recipe_is_the_originals():
     assert recipe.warmup is None and recipe.weight_decay == recipe.ema == recipe.clip == 0
 
 
+def test_general_sees_large_photos_larger_and_its_weights_say_so(tiny_set, tmp_path):
+    recipe = TrainConfig.general()
+    assert (recipe.fov_diameter, recipe.largest_diameter) == (720, 1080)
+    fit(tiny(tiny_set, tmp_path, largest_diameter=200.0), progress=False)
+    frame = load_checkpoint(tmp_path / "checkpoint.pth")["frame"]
+    assert frame["largest_diameter"] == 200 and set(frame) == {"kind", "fov_diameter", "largest_diameter"}
+
+
 def test_train_returns_the_mean_loss_and_takes_a_plain_gradient_step():
     model = Shift()
     batches = [(torch.zeros(1, 3, 2, 2), torch.full((1, 1, 2, 2), target)) for target in (1.0, 3.0)]
@@ -220,6 +228,8 @@ def test_variants_of_one_photo_stay_on_one_side_of_the_kaggle_set(real_data):
         ({"clip": -1.0}, "clip -1"),
         ({"warmup": 1.0}, "warm-up 1.0"),
         ({"frame": "oval"}, "--frame oval"),
+        ({"frame": "fov", "fov_diameter": 60.0, "largest_diameter": 50.0}, "largest_diameter 50"),
+        ({"frame": "fov", "fov_diameter": 60.0, "largest_diameter": 1e9}, "largest_diameter 1000000000"),
         ({"keep": "best", "validation": "none"}, "--keep best"),
         ({"threshold": "validation", "validation": "none"}, "--threshold validation"),
         ({"threshold": "validation", "validation": "test"}, "--threshold validation"),
