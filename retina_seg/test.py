@@ -16,7 +16,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,12 @@ def score_pairs(
         pictures = create_dir(pictures)
     shown = [(pair, draw) for pair in pairs for draw in (range(recolour) if recolour else (None,))]
 
-    def one(item: tuple[int, tuple[Pair, int | None]]) -> _Scored:
-        number, (pair, draw) = item
-        photo, label, fov, second = _prepare(pair, protocol)
+    def prepared() -> Iterator[tuple]:  # in order, so that a file that cannot be read stops all that come behind it
+        for number, (pair, draw) in enumerate(shown):
+            yield number, pair, draw, *_prepare(pair, protocol)
+
+    def one(item: tuple) -> _Scored:
+        number, pair, draw, photo, label, fov, second = item
         name = pair.name
         if draw is not None:
             name, photo = f"{name}-colours-{draw + 1}", _recoloured(photo, (number // recolour, draw))
@@ -168,7 +171,7 @@ def score_pairs(
         return _Scored(name, true, probability, masks, scores, others, seconds, thumbnail)
 
     rows, sheet = [], []
-    done = side_by_side(one, enumerate(shown), segmenter.device)
+    done = side_by_side(one, prepared(), segmenter.device)
     with memory_kept():
         for photo in tqdm(done, desc="testing", unit="photo", total=len(shown), disable=not progress):
             for region, mask in photo.masks.items():

@@ -129,8 +129,8 @@ FAULTS = [
     (
         "labels cut anywhere above black",
         "test",
-        "true, predicted = label > 127,",
-        "true, predicted = label > 0,",
+        "true, predicted, masks = label > 127,",
+        "true, predicted, masks = label > 0,",
         "test",
     ),
     (
