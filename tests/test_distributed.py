@@ -117,7 +117,7 @@ class Photos:  # three: the second batch has one only
         drawn = torch.Generator().manual_seed(index)
         return torch.rand(3, 8, 8, generator=drawn), torch.rand(1, 8, 8, generator=drawn)
 
-with join() as group:
+def gradients(group):  # in a function: the wrapped network is gone before the processes part
     group.meet(torch.device("cpu"))
     torch.manual_seed(group.rank)  # the first one's weights count
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
@@ -128,6 +128,9 @@ with join() as group:
         loss_fn(parallel(photos), masks).backward()
     if group.is_first:
         torch.save([parameter.grad for parameter in model.parameters()], sys.argv[1])
+
+with join() as group:
+    gradients(group)
 """
 
 
