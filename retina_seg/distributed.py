@@ -190,7 +190,11 @@ def join() -> Iterator[Group]:
     except (KeyError, ValueError) as error:
         raise UserError(f"RANK and WORLD_SIZE are set, but not as torchrun does ({error}); unset them") from None
     try:
-        yield Group(rank, size, local_rank, local_size, store)
+        group = Group(rank, size, local_rank, local_size, store)
+        yield group
+        if dist.is_initialized():  # who leaves while another still answers may be aborted at its very end
+            group.note(f"ready to part {rank}")
+            group.wait_for(*(f"ready to part {other}" for other in range(size)))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
