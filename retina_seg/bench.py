@@ -142,7 +142,7 @@ def bench(
     """Measure, and write `bench.json` to `output`.
 
     Args:
-        rounds: how often each way is measured; a whole test is measured twice at most.
+        rounds: how often each way is measured; a whole test three times at most.
         photos, size: of the synthetic test set; size is the side of what the forward pass and the training step see.
         original: a checkpoint of the original's network; None: freshly initialised weights, whose scores mean nothing
             (their speed is the same).
@@ -190,7 +190,7 @@ def bench(
         pairs = list_pairs(data, "test")[:photos]
         if len(pairs) < photos:
             pairs = (pairs * photos)[:photos]
-        tested, agreement = bench_test(network, light, fast, pairs, Path(scratch), first, how, progress)
+        tested, agreement = bench_test(network, light, fast, pairs, Path(scratch), min(rounds, 3), first, how, progress)
         predicted = bench_predict(fast, pairs, Path(scratch), rounds=2, device=first, precision=how)
         named = {"device": str(first), "precision": str(how).removeprefix("torch.")}
         value["rows"] += [{**row, **named} for row in (*tested, *predicted)]
@@ -293,7 +293,7 @@ def floors(
 def profile_forward(
     networks: dict[str, nn.Module], size: int, device: torch.device, precision: torch.dtype, top: int = 5
 ) -> list[dict[str, Any]]:
-    """For every way, the `top` operations by their share of the time of a forward pass, as torch's profiler counts it."""
+    """For every way, the `top` operations by their share of the time of ten forward passes, as torch's profiler counts it."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -301,7 +301,8 @@ def profile_forward(
     for name, way in _forward_ways(networks, size, device, precision).items():
         way()
         with profile(activities=activities) as profiler:
-            way()
+            for _ in range(10):  # a single one may be held up anywhere
+                way()
         attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
         whole = sum(times.values()) or 1
@@ -397,6 +398,7 @@ def bench_test(
     fast: str | Path,
     pairs: list[Any],
     scratch: Path,
+    rounds: int,
     device: torch.device,
     precision: torch.dtype,
     progress: bool = True,
@@ -421,10 +423,10 @@ def bench_test(
 
         return once
 
-    bar = tqdm(total=2 * (1 + len(segmenters)), desc="whole test", disable=not progress)
+    bar = tqdm(total=(rounds + 1) * (1 + len(segmenters)), desc="whole test", disable=not progress)
     with contextlib.closing(Apart(partial, originals_test, network, pairs, scratch / "original")) as apart, bar:
         # scoring keeps its memory by itself
-        seconds = take_turns({ORIGINAL: apart, **{name: our(name) for name in segmenters}}, 1, bar, kept=False)
+        seconds = take_turns({ORIGINAL: apart, **{name: our(name) for name in segmenters}}, rounds, bar, kept=False)
         _, theirs = apart.timed()
     full = score_pairs(Segmenter(copy.deepcopy(network), device="cpu", precision="float32"), pairs, progress=False)
     agreement = {

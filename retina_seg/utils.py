@@ -150,7 +150,7 @@ def memory_kept() -> Iterator[None]:
         return
     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX in malloc.h
     trim, mapped_from, most_mapped, most_arenas = -1, -3, -4, -8
-    mallopt(most_arenas, 1)  # the arenas that threads have of their own give back whatever they can
+    mallopt(most_arenas, 1)  # the arenas of threads give back whatever they can; glibc does not undo this one behind
     mallopt(most_mapped, 0)
     mallopt(trim, -1)  # never
     try:
@@ -230,7 +230,7 @@ def side_by_side(function: Callable[[Any], Any], items: Iterable[Any], device: t
 
     On a processor the items share out torch's threads: a photo with a thread of its own from file to files. A network that
     takes all threads for one photo is stopped at every layer by whoever reads, scores or writes meanwhile (predict and test
-    take a fifth to a quarter less time a photo, results/README.md). On a GPU one is read or written while another is
+    take a tenth to a quarter less time a photo, results/README.md). On a GPU one is read or written while another is
     segmented.
     """
     threads, workers = torch.get_num_threads(), photos_at_once(device)

@@ -788,11 +788,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Bench], Path], str]] = {
     "gigabytes of weights in a small file": (wide, "odd.pth: "),
     "a frame of 10^9 pixels": (lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": 1e9}), FRAME),
     "a frame of endless pixels": (lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": float("inf")}), FRAME),
-    "a frame whose largest is its smallest": (
+    "a frame whose largest is below its smallest": (
         lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": 90.0, "largest_diameter": 80.0}),
         FRAME,
     ),
-    "a frame that grows without end": (
+    "a frame whose largest is no number": (
         lambda b: b.checkpoint(frame={"kind": "fov", "fov_diameter": 90.0, "largest_diameter": float("nan")}),
         FRAME,
     ),
