@@ -185,6 +185,14 @@ def _compare(options: argparse.Namespace) -> None:
     _say(f"written to {options.output}: comparison.csv, comparison.png")
 
 
+def _threshold(options: argparse.Namespace) -> None:
+    from retina_seg.threshold import threshold
+
+    choices = {name: getattr(options, name) for name in ("device", "precision", "flips", "working_size")}
+    _say(*threshold(options.runs, options.data, options.output, options.protocol, **choices))
+    _say(f"written to {options.output}: thresholds.csv, thresholds.png")
+
+
 def _predict(options: argparse.Namespace) -> int:
     from retina_seg.distributed import ALONE
     from retina_seg.folder import DONE, segment_files, weights_id
@@ -340,22 +348,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     test.add_argument("--threshold", type=float, help="cut at this probability (default: the protocol's)")
     test.add_argument(
-        "--working-size", type=int, help="diameter the field of view is brought to (default: the checkpoint's)"
-    )
-    test.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")
-    test.add_argument(
         "--recolour",
         type=int,
         default=0,
         help="score each photo so many times in the drawn colours of other cameras (default: once, in its own)",
     )
-    test.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
-    test.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "auto"),
-        default="float32",
-        help="arithmetic; float32 gives the same scores everywhere (default: %(default)s)",
-    )
+    _network(test)
 
     predict = _command(
         commands, "predict", _predict, "segment photos of any size", "predict photos/ eye.jpg --output vessels"
@@ -389,6 +387,28 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--output", default="results/comparison", help="folder for table and picture (default: %(default)s)"
     )
+
+    threshold = _command(
+        commands,
+        "threshold",
+        _threshold,
+        "choose a threshold on the photos that trainings held out",
+        "threshold results/fold-0 results/fold-1 --data Data1",
+    )
+    threshold.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders of trainings with --validation photos, as of --fold 0, 1, …"
+    )
+    _data(threshold)
+    threshold.add_argument(
+        "--output", default="results/threshold", help="folder for table and picture (default: %(default)s)"
+    )
+    threshold.add_argument(
+        "--protocol",
+        choices=("native", "notebook"),
+        default="native",
+        help="the photos' own size in the field of view, or 512x512 over the frame (default: %(default)s)",
+    )
+    _network(threshold)
 
     export = _command(
         commands,
@@ -455,6 +475,21 @@ def _command(commands, name: str, call, summary: str, example: str) -> argparse.
 
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="Data1", help="the set's folder, or one that holds it (default: %(default)s)")
+
+
+def _network(parser: argparse.ArgumentParser) -> None:
+    """How the network is used where it is scored."""
+    parser.add_argument(
+        "--working-size", type=int, help="diameter the field of view is brought to (default: the checkpoint's)"
+    )
+    parser.add_argument("--flips", action="store_true", help="average over eight orientations (default: off)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "auto"),
+        default="float32",
+        help="arithmetic; float32 gives the same scores everywhere (default: %(default)s)",
+    )
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:

@@ -67,8 +67,13 @@ def calculate_metrics(y_true: Any, y_pred: Any) -> list[float]:
     return [0.0 if math.isnan(value) else value for value in values]
 
 
-def _prepare(pair: Pair, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """Photo (H, W, 3) uint8, label (H, W) uint8, field of view (H, W) bool, second observer's mask (H, W) bool or None."""
+def prepare_pair(pair: Pair, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """`pair` as `protocol` scores it: at its own size, or squeezed to 512x512.
+
+    Returns:
+        Photo (H, W, 3) uint8, label (H, W) uint8 (a vessel where above 127), field of view (H, W) bool, second observer's
+        mask (H, W) bool or None. Raises `UserError` for a file that cannot be read, or sizes that differ.
+    """
     photo, label = load_pair(pair.image, pair.mask)
     fov = load_fov(pair, photo)
     second = None if pair.mask_2nd is None else read_mask(pair.mask_2nd)
@@ -143,7 +148,7 @@ def score_pairs(
 
     def prepared() -> Iterator[tuple]:  # in order, so that a file that cannot be read stops all that come behind it
         for number, (pair, draw) in enumerate(shown):
-            yield number, pair, draw, *_prepare(pair, protocol)
+            yield number, pair, draw, *prepare_pair(pair, protocol)
 
     def one(item: tuple) -> _Scored:
         number, pair, draw, photo, label, fov, second = item

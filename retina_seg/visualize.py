@@ -159,6 +159,23 @@ def progress_chart(
     return figure
 
 
+def threshold_chart(
+    thresholds: np.ndarray, scores: dict[str, np.ndarray], marks: dict[str, float], title: str = ""
+) -> Any:
+    """Scores by threshold, a line a score, with the thresholds in `marks` (label -> threshold) upright: a matplotlib figure."""
+    figure, (axis,) = new_figure(width=8.4)
+    for name, values in scores.items():
+        axis.plot(thresholds, values, label=name)
+    for number, (label, place) in enumerate(marks.items()):
+        axis.axvline(place, color="0.4", lw=1, ls=("--", ":")[number % 2], label=label)
+    lowest = min(float(np.nanmin(values[20:80])) for values in scores.values())
+    axis.set(
+        xlabel="threshold", ylabel="mean over photos", xlim=(0, 1), ylim=(np.floor(lowest * 20) / 20, 1), title=title
+    )
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
 def ranking_curves(rankings: dict[str, Any]) -> Any:
     """Pooled ROC and precision-recall curves, one line a region: a matplotlib figure.
 
