@@ -977,6 +977,21 @@ for name, change in {
         lambda b, c=change: [*take(b, "test --run", run_with(b, **c)), "--part", "validation"],
         "odd",
     )
+    add(
+        name,
+        "threshold",
+        lambda b, c=change: ["threshold", run_with(b, **c), "--data", b.tiny_set, "--output", b.out],
+        "odd",
+    )
+add(
+    "one photo held out by two runs",
+    "threshold",
+    lambda b: [
+        *("threshold", run_with(b, validation=["0"], recipe={"validation": "photos"}), b.folder / "odd"),
+        *("--data", b.tiny_set, "--output", b.out),
+    ],
+    "holds out photo 0",
+)
 
 # -------------------------------------------------------------------------------------------------------------- options
 
@@ -1405,7 +1420,7 @@ def test_there_are_kinds_enough():
     assert len({case.kind for case in CASES}) >= 40
     assert len({name_of(case) for case in (*CASES, *WORKS)}) == len(CASES) + len(WORKS)
     commands = {case.command.split()[0] for case in CASES}
-    assert commands == {"check", "train", "run", "test", "predict", "prepare", "compare", "synth"}
+    assert commands == {"check", "train", "run", "test", "predict", "prepare", "compare", "threshold", "synth"}
 
 
 IN_A_PROCESS = (
