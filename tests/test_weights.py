@@ -68,13 +68,17 @@ def test_no_test_photo_mirrored_or_turned_is_among_those_trained_on(name, real_d
     assert found == [(len(training) + 3, len(prints))]
 
 
+STATED = [(name, {"drive": "fast"}.get(name, name)) for name in shipped_weights()]
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("name", shipped_weights())
-def test_weights_give_the_committed_scores(name, real_data):
-    run = {"drive": "fast"}.get(name, name)
+@pytest.mark.parametrize(("name", "run"), [*STATED, ("drive", "fast/flips-cv-threshold")])
+def test_weights_give_the_committed_scores(name, run, real_data):
     stated = json.loads((RESULTS / run / "metrics.json").read_text())
-    segmenter = Segmenter.load(name, precision="float32")
-    scores = score_pairs(segmenter, list_pairs(real_data / "Data1", "test"), "notebook", progress=False)
+    how = stated["protocol"]
+    segmenter = Segmenter.load(name, precision="float32", flips=how["flips"])
+    pairs = list_pairs(real_data / "Data1", "test")
+    scores = score_pairs(segmenter, pairs, "notebook", how["threshold"], progress=False)
     for region in ("frame", "fov"):
-        for name in ("f1", "auc", "accuracy", "mcc"):
-            assert scores[region]["mean"][name] == pytest.approx(stated[region]["mean"][name], abs=5e-5)
+        for score in ("f1", "auc", "accuracy", "mcc"):
+            assert scores[region]["mean"][score] == pytest.approx(stated[region]["mean"][score], abs=5e-5)
