@@ -311,6 +311,9 @@ def bootstrap(values: Sequence[float] | np.ndarray, draws: int = 10_000, seed: i
     return float(low), float(high)
 
 
+THRESHOLDS = np.arange(1, 100) / 100
+
+
 def threshold_scores(label: np.ndarray, probability: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of one photo by threshold, a vessel being where the probability is above it.
 
@@ -318,20 +321,18 @@ def threshold_scores(label: np.ndarray, probability: np.ndarray) -> dict[str, np
         label: (n,) bool. probability: (n,) float in [0, 1].
 
     Returns:
-        "f1", "recall", "precision", "accuracy": (99,) float64 in [0, 1] for the thresholds 0.01, 0.02, … 0.99; NaN where
-        undefined.
+        "f1", "recall", "precision", "accuracy": (99,) float64 in [0, 1] for `THRESHOLDS`; NaN where undefined.
     """
-    thresholds = np.arange(1, 100) / 100
     positive, negative = _sorted_scores(label, probability)
-    tp = positive.size - np.searchsorted(positive, thresholds, "right")
-    fp = negative.size - np.searchsorted(negative, thresholds, "right")
+    tp = positive.size - np.searchsorted(positive, THRESHOLDS, "right")
+    fp = negative.size - np.searchsorted(negative, THRESHOLDS, "right")
     fn = positive.size - tp
     with np.errstate(invalid="ignore"):
         return {
             "f1": 2 * tp / (2 * tp + fp + fn),
-            "recall": tp / np.full(tp.shape, positive.size),
+            "recall": tp / positive.size,
             "precision": tp / (tp + fp),
-            "accuracy": (label.size - fp - fn) / np.full(tp.shape, label.size),
+            "accuracy": (label.size - fp - fn) / label.size,
         }
 
 
@@ -347,4 +348,4 @@ def best_threshold(labels: Sequence[np.ndarray], probabilities: Sequence[np.ndar
     if not labels:
         raise ValueError("no photos to choose a threshold on")
     f1 = [threshold_scores(*photo)["f1"] for photo in zip(labels, probabilities, strict=True)]
-    return float((np.argmax(np.nan_to_num(f1).sum(0)) + 1) / 100)
+    return float(THRESHOLDS[np.argmax(np.nan_to_num(f1).sum(0))])

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from retina_seg import visualize
 from retina_seg.data import Pair
-from retina_seg.metrics import threshold_scores
+from retina_seg.metrics import THRESHOLDS, threshold_scores
 from retina_seg.predict import Segmenter, find_checkpoint
 from retina_seg.test import PROTOCOLS, held_out_pairs, prepare_pair
 from retina_seg.utils import UserError, create_dir, side_by_side, write_text
 
-F1_GIVEN_AWAY = 0.0005  # what accuracy may cost: a tenth of what single photos shift a mean over twenty
+F1_GIVEN_AWAY = 0.0005  # at most, for a higher accuracy
 
 
 def threshold_curves(
@@ -63,12 +63,8 @@ def threshold_curves(
                 rows.append(row)
                 bar.update()
     table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    defined = {name: np.isfinite(values) for name, values in table.items()}
-    means = {
-        name: np.where(known.any(0), np.where(known, table[name], 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
-        for name, known in defined.items()
-    }
-    return {**means, "threshold": np.arange(1, 100) / 100, "photos": list(held_by)}
+    means = {name: np.ma.masked_invalid(values).mean(0).filled(np.nan) for name, values in table.items()}
+    return {**means, "threshold": THRESHOLDS, "photos": list(held_by)}
 
 
 def _photo_scores(
@@ -134,9 +130,8 @@ def threshold(
         output / "thresholds.png", visualize.threshold_chart(curves["threshold"], shown, marks, title)
     )
     lines = [title, "threshold" + "".join(f"{name:>11}" for name in names)]
+    remark = {chosen["accuracy"]: f"  highest accuracy within {F1_GIVEN_AWAY} of that F1", chosen["f1"]: "  highest F1"}
     for number, cut in enumerate(curves["threshold"]):
-        remark = {chosen["f1"]: "  highest F1", chosen["accuracy"]: "  highest accuracy within 0.0005 of that F1"}
-        remark[chosen["f1"]] = "  highest F1"
         if round(cut * 100) % 5 == 0 or cut in remark:
             numbers = "".join(f"{curves[name][number]:>11.4f}" for name in names)
             lines.append(f"{cut:>9.2f}{numbers}{remark.get(cut, '')}")

@@ -68,14 +68,14 @@ def test_python_dash_m_is_the_command_and_help_is_quick():
 def test_importing_costs_little_beside_torch(what):
     code = f"""
 import sys, time, torch
-start = time.process_time()  # of the processor: another program's share of it is not ours
+start = time.perf_counter()
 {what}
-seconds = time.process_time() - start
+seconds = time.perf_counter() - start
 heavy = {{"matplotlib", "skimage", "sklearn", "scipy", "albumentations", "torchvision"}} & set(sys.modules)
 assert not heavy, heavy
 print(seconds)
 """
-    shown = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    shown = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
     assert min(float(done.stdout) for done in shown) < 0.3
 
 
