@@ -18,18 +18,24 @@ def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
     """The nearest matrix of orthonormal rows (or columns, whichever are fewer), roughly: (R, C) float -> the same.
 
     With matrix = U S V^T this is U f(S) V^T, f(s) between 0.7 and 1.2 for all but the smallest s, by a Newton-Schulz
-    iteration of products alone. Its scale does not matter. A matrix of zeros stays one.
+    iteration of products alone: x <- p(x x^T) x with a polynomial p. Every iterate is a square matrix times the first
+    one, so only square ones are iterated; for a 3x3 convolution, whose matrix is nine times as wide as high, that takes
+    half of the time. Rounding costs some 1e-4. The scale of `matrix` does not matter. A matrix of zeros stays one.
 
     >>> orthogonalized(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).abs().sum().item() > 1.4
     True
     """
-    x = matrix / (matrix.norm() + 1e-7)
-    if len(x) > x.shape[1]:
+    if len(matrix) > matrix.shape[1]:
         return orthogonalized(matrix.T, iterations).T
-    for _ in range(iterations):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x
+    x = matrix / (matrix.norm() + 1e-7)
+    square, product = x @ x.T, None  # x x^T of the iterate, and what it is the first x times
+    for number in range(iterations):
+        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        step.diagonal().add_(3.4445)
+        product = step if product is None else step @ product
+        if number < iterations - 1:
+            square = step @ square @ step
+    return x if product is None else product @ x
 
 
 class Muon(torch.optim.Optimizer):

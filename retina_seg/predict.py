@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from retina_seg.fov import LARGEST_SIDE, find_fov, fov_box, fov_diameter
-from retina_seg.model import fold_batch_norm, load_model
+from retina_seg.model import fold_batch_norm, fuse_activations, fusing_works, load_model
 from retina_seg.utils import UserError, choose_device, choose_precision
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -226,11 +226,13 @@ class Segmenter:
 def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
     """A copy of `model` (in evaluation mode) as it is fastest: batch normalisation folded, channels last, in `precision`.
 
-    It takes (N, 3, H, W) in `precision`, channels last, on `device`. All weights are brought to bfloat16 once, where
-    autocast would do it at every call. The number of threads is torch's own choice, one a core: convolutions of this
-    size keep all cores busy, and more threads than cores only take turns.
+    On a processor, ReLUs and shortcuts are joined to the convolutions before them where torch can. It takes (N, 3, H, W)
+    in `precision`, channels last, on `device`. All weights are brought to bfloat16 once, where autocast would do it at
+    every call. The number of threads is torch's own choice, one a core: convolutions of this size keep all cores busy,
+    and more threads than cores only take turns.
     """
-    return fold_batch_norm(model).to(device, precision, memory_format=torch.channels_last)
+    network = fold_batch_norm(model).to(device, precision, memory_format=torch.channels_last)
+    return fuse_activations(network) if device.type == "cpu" and fusing_works(precision) else network
 
 
 def photo_batch(photo: np.ndarray, device: torch.device) -> Tensor:

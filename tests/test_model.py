@@ -1,5 +1,6 @@
 """The original network against a plain re-implementation, the fast one by its invariants, checkpoints in and out."""
 
+import copy
 import os
 import pickle
 import re
@@ -196,6 +197,19 @@ def test_the_gate_adds_the_weighted_values_to_themselves(kernel):
     assert ((a > 0) & (a < 1)).all()
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_gate_that_samples_up_itself_is_the_gate_behind_the_up_sampling(kernel):
+    ours = shaken(rooms.UpsamplingGate([3, 2], 4, kernel))
+    plain = shaken(AttentionGate([3, 2], 4, 1, kernel))
+    plain.load_state_dict(ours.state_dict())
+    g, s = photo(2, 3, 5, 7), photo(2, 2, 10, 14, seed=1)
+    up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(g, s), plain(up(g), s))
+        # in training too, where normalisation looks at what is behind the up-sampling
+        torch.testing.assert_close(ours.train()(g, s), plain.train()(up(g), s))
+
+
 # -------------------------------------------------------------------------------------------------------- both networks
 
 
@@ -255,7 +269,7 @@ def test_the_fast_network_is_no_larger_than_the_original():
 
 
 def test_the_fast_network_goes_without_its_fine_path_and_at_other_widths():
-    for arguments in ({"fine": 0}, {"width": 8, "deepest": 24, "fine": 4}, {"dropout": 0.0}):
+    for arguments in ({"fine": 0}, {"width": 8, "deepest": 24, "fine": 4}, {"dropout": 0.0}, {"value_kernel": 1}):
         model = build_model("fast_attention_unet", **arguments).eval()
         with torch.no_grad():
             assert model(photo(1, 3, 24, 40)).shape == (1, 1, 24, 40)
@@ -306,6 +320,45 @@ def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
         answer = model(photo)
         torch.testing.assert_close(folded(photo), answer, rtol=1e-4, atol=1e-4 * float(answer.abs().max()))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0, "value_kernel": 1})],
+)
+def test_joined_activations_compute_the_same(name, arguments, precision):
+    if not rooms.fusing_works(precision):
+        assert precision != torch.float32 or not torch.backends.mkldnn.is_available()
+        pytest.skip(f"torch cannot join them here in {precision}")
+    folded = rooms.fold_batch_norm(shaken(build_model(name, **arguments)).eval()).to(precision)
+    fused = rooms.fuse_activations(copy.deepcopy(folded))
+    kinds = [type(module).__name__ for module in fused.modules()]
+    assert kinds.count("ReLU") == 0 and kinds.count("ResidualBlock") == 0 and kinds.count("FusedConv") >= 8
+    x = photo(2, 3, 48, 32).to(precision).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        answer = folded(x).float()
+        limit = (1e-5 if precision == torch.float32 else 0.03) * float(answer.abs().max())
+        torch.testing.assert_close(fused(x).float(), answer, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("fault", [AttributeError, RuntimeError, None])
+def test_without_torchs_operation_nothing_is_joined(monkeypatch, fault):
+    from retina_seg import predict
+
+    def missing(self, x, shortcut=None):
+        if fault:
+            raise fault("no such operation")
+        return self.convolution(x)  # or one that computes something else
+
+    monkeypatch.setattr(rooms.FusedConv, "forward", missing)
+    rooms.fusing_works.cache_clear()
+    try:
+        assert not rooms.fusing_works(torch.float32)
+        network = predict.inference_network(build_model("attention_unet").eval(), torch.device("cpu"), torch.float32)
+        assert not any(isinstance(module, rooms.FusedConv) for module in network.modules())
+    finally:
+        rooms.fusing_works.cache_clear()
 
 
 def test_build_model_names_what_it_does_not_know():

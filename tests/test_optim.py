@@ -32,6 +32,17 @@ def test_directions_stay_and_their_lengths_become_one(shape):
     assert inside.min() > 0.6 and inside.max() < 1.25
 
 
+@pytest.mark.parametrize("smallest", [1, 1e-2, 1e-4, 1e-6, 0])
+def test_faint_directions_end_where_the_iteration_on_the_matrix_itself_has_them(smallest):
+    u, v = (torch.linalg.qr(drawn(side, 16, seed=side)).Q for side in (16, 144))
+    matrix = u @ torch.linspace(smallest, 1, 16).pow(3).diag() @ v.T
+    x = (matrix / matrix.norm()).double()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    torch.testing.assert_close(orthogonalized(matrix).double(), x, atol=5e-4, rtol=0)
+
+
 def test_the_size_of_a_gradient_does_not_matter_and_zeros_stay():
     matrix = drawn(6, 20)
     torch.testing.assert_close(orthogonalized(matrix * 1e4), orthogonalized(matrix), atol=1e-4, rtol=1e-4)
