@@ -116,15 +116,7 @@ def auc(label: np.ndarray, score: np.ndarray) -> float:
     Returns:
         In [0, 1]; NaN where one of the classes is empty.
     """
-    return _auc(*_sorted_scores(label, score))
-
-
-def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    if not positive.size or not negative.size:
-        return math.nan
-    below = np.searchsorted(negative, positive, "left").sum(dtype=np.int64)
-    not_above = np.searchsorted(negative, positive, "right").sum(dtype=np.int64)
-    return float(below + not_above) / (2 * positive.size * negative.size)
+    return _ranked(label, score)[0]
 
 
 def average_precision(label: np.ndarray, score: np.ndarray) -> float:
@@ -133,15 +125,17 @@ def average_precision(label: np.ndarray, score: np.ndarray) -> float:
     Returns:
         In [0, 1]; NaN where there is no vessel.
     """
-    return _average_precision(*_sorted_scores(label, score))
+    return _ranked(label, score)[1]
 
 
-def _average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
-    if not positive.size:
-        return math.nan
+def _ranked(label: np.ndarray, score: np.ndarray) -> tuple[float, float]:
+    """`auc` and `average_precision`, for which the pixels are sorted once."""
+    positive, negative = _sorted_scores(label, score)
+    below = np.searchsorted(negative, positive, "left")
+    not_above = np.searchsorted(negative, positive, "right")
     found = positive.size - np.searchsorted(positive, positive, "left")
-    invented = negative.size - np.searchsorted(negative, positive, "left")
-    return float(np.mean(found / (found + invented)))
+    area = _ratio(float((below + not_above).sum(dtype=np.int64)), 2 * positive.size * negative.size)
+    return area, float(np.mean(found / (found + negative.size - below))) if positive.size else math.nan
 
 
 class RankingHistogram:
@@ -155,13 +149,24 @@ class RankingHistogram:
 
     def add(self, label: np.ndarray, probability: np.ndarray) -> None:
         """Take in the pixels of one photo: label bool, probability float in [0, 1], of one shape."""
+        self.add_places(label, self.places(probability))
+
+    @classmethod
+    def places(cls, probability: np.ndarray) -> np.ndarray:
+        """The bin of every pixel, uint16 of the shape of `probability`, float in [0, 1]."""
         p = probability.astype(np.float32)
         with np.errstate(divide="ignore"):
-            odds = np.log(p) - np.log1p(-p)
-        place = (np.clip(odds, -self.LIMIT, self.LIMIT) + self.LIMIT) * ((self.BINS - 1) / (2 * self.LIMIT))
-        place = np.rint(place).astype(np.int64)
-        self.positive += np.bincount(place[label], minlength=self.BINS)
-        self.negative += np.bincount(place[~label], minlength=self.BINS)
+            odds = np.log(p) - np.log(
+                1 - p
+            )  # exact where it counts: near 1 the difference is, near 0 its logarithm is -p
+        np.clip(odds, -cls.LIMIT, cls.LIMIT, out=odds)
+        return np.rint((odds + cls.LIMIT) * ((cls.BINS - 1) / (2 * cls.LIMIT))).astype(np.uint16)
+
+    def add_places(self, label: np.ndarray, places: np.ndarray) -> None:
+        """As `add`, of pixels whose bins are known."""
+        both = np.bincount((2 * places.astype(np.intp) + label).ravel(), minlength=2 * self.BINS).reshape(self.BINS, 2)
+        self.negative += both[:, 0]
+        self.positive += both[:, 1]
 
     def rates(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels found (tp) and invented (fp) at falling thresholds, from none to all: two (BINS + 1,) int64 arrays."""
@@ -252,7 +257,7 @@ def score_photo(
     line_predicted, line_label = centre_line(predicted), centre_line(label)
     results = {}
     for name, region in regions.items():
-        inside = np.ones(label.shape, bool) if region is None else region
+        inside = True if region is None else region
         counts = count(label, predicted, region)
         lines = LineCounts(
             int(np.count_nonzero(line_predicted & inside)),
@@ -261,9 +266,10 @@ def score_photo(
             int(np.count_nonzero(line_label & inside & predicted)),
         )
         scores = {key: function(counts) for key, function in FROM_COUNTS.items()}
-        ranked = None if probability is None else _sorted_scores(label[inside], probability[inside])  # once for both
-        scores["auc"] = _auc(*ranked) if ranked else math.nan
-        scores["average_precision"] = _average_precision(*ranked) if ranked else math.nan
+        scores["auc"] = scores["average_precision"] = math.nan
+        if probability is not None:
+            pixels = (label, probability) if region is None else (label[region], probability[region])
+            scores["auc"], scores["average_precision"] = _ranked(*pixels)
         scores["cldice"] = cldice(lines)
         results[name] = PhotoScores(counts, lines, scores)
     return results
@@ -276,14 +282,17 @@ class SetScores:
     photos: list[PhotoScores] = field(default_factory=list)
     ranking: RankingHistogram = field(default_factory=RankingHistogram)
 
-    def add(
-        self, photo: PhotoScores, label: np.ndarray, probability: np.ndarray | None, region: np.ndarray | None
-    ) -> None:
-        """Take in one photo's scores, and its pixels (arguments as `score_photo`) for the pooled ranking."""
+    def add(self, photo: PhotoScores, label: np.ndarray, places: np.ndarray | None, region: np.ndarray | None) -> None:
+        """Take in one photo's scores, and its pixels for the pooled ranking.
+
+        Args:
+            photo, label, region: as `score_photo` gives and takes them.
+            places: of the photo's probabilities (`RankingHistogram.places`); None: there are none.
+        """
         self.photos.append(photo)
-        if probability is not None:
+        if places is not None:
             inside = slice(None) if region is None else region
-            self.ranking.add(label[inside], probability[inside])
+            self.ranking.add_places(label[inside], places[inside])
 
     def summary(self) -> dict[str, dict]:
         """ "mean" and "std" over photos, "pooled" over pixels, "ci95" of the means of F1 and AUC: as in metrics.json."""

@@ -95,11 +95,11 @@ def _recoloured(photo: np.ndarray, draw: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Scored:
-    """One photo, scored: label (H, W) bool, probability (H, W) float32, region -> mask and scores, error overlay."""
+    """One photo, scored: label (H, W) bool, bins of its probabilities (H, W), region -> mask and scores, error overlay."""
 
     name: str
     true: np.ndarray
-    probability: np.ndarray
+    places: np.ndarray
     masks: dict[str, np.ndarray | None]
     scores: dict[str, metrics.PhotoScores]
     second_observer: dict[str, metrics.PhotoScores]
@@ -173,14 +173,15 @@ def score_pairs(
             errors = visualize.error_overlay(photo, true, predicted, None if protocol == "notebook" else fov)
             write_picture(pictures / f"{stem}_errors.png", errors)
             thumbnail = visualize.shrink(errors, 320)
-        return _Scored(name, true, probability, masks, scores, others, seconds, thumbnail)
+        places = metrics.RankingHistogram.places(probability)
+        return _Scored(name, true, places, masks, scores, others, seconds, thumbnail)
 
     rows, sheet = [], []
     done = side_by_side(one, prepared(), segmenter.device)
     with memory_kept():
         for photo in tqdm(done, desc="testing", unit="photo", total=len(shown), disable=not progress):
             for region, mask in photo.masks.items():
-                totals[region].add(photo.scores[region], photo.true, photo.probability, mask)
+                totals[region].add(photo.scores[region], photo.true, photo.places, mask)
                 if photo.second_observer:
                     seconds_totals[region].add(photo.second_observer[region], photo.true, None, mask)
             values = {region: photo.scores[region].scores for region in regions}

@@ -393,7 +393,8 @@ def gathered(photos, inside=False):
     scores = SetScores()
     for label, predicted, probability, region in photos:
         here = region if inside else None
-        scores.add(score_photo(label, predicted, probability, {"here": here})["here"], label, probability, here)
+        places = None if probability is None else RankingHistogram.places(probability)
+        scores.add(score_photo(label, predicted, probability, {"here": here})["here"], label, places, here)
     return scores
 
 
