@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -67,24 +67,40 @@ def calculate_metrics(y_true: Any, y_pred: Any) -> list[float]:
     return [0.0 if math.isnan(value) else value for value in values]
 
 
-def prepare_pair(pair: Pair, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """`pair` as `protocol` scores it: at its own size, or squeezed to 512x512.
+class Prepared(NamedTuple):
+    """A pair as a protocol scores it.
 
-    Returns:
-        Photo (H, W, 3) uint8, label (H, W) uint8 (a vessel where above 127), field of view (H, W) bool, second observer's
-        mask (H, W) bool or None. Raises `UserError` for a file that cannot be read, or sizes that differ.
+    Attributes:
+        photo: (H, W, 3) uint8. label: (H, W) uint8, a vessel where above 127. fov: field of view, (H, W) bool.
+        second: the second observer's mask, (H, W) bool, or None.
+        found: whether `fov` was found in this very photo, as the network's own look for it would.
+    """
+
+    photo: np.ndarray
+    label: np.ndarray
+    fov: np.ndarray
+    second: np.ndarray | None
+    found: bool
+
+
+def prepare_pair(pair: Pair, protocol: str) -> Prepared:
+    """`pair` at its own size ("native"), or squeezed to 512x512 ("notebook").
+
+    Raises:
+        UserError: a file that cannot be read, or sizes that differ.
     """
     photo, label = load_pair(pair.image, pair.mask)
     fov = load_fov(pair, photo)
     second = None if pair.mask_2nd is None else read_mask(pair.mask_2nd)
     if second is not None and second.shape != label.shape:
         raise UserError(f"{pair.mask_2nd}: differs in size from its photo {pair.image}")
-    if protocol == "notebook" and label.shape != NOTEBOOK_SIZE:
+    squeezed = protocol == "notebook" and label.shape != NOTEBOOK_SIZE
+    if squeezed:
         size = NOTEBOOK_SIZE[::-1]
         photo, label = cv2.resize(photo, size), cv2.resize(label, size)
         fov = cv2.resize(fov.astype(np.uint8) * 255, size) > 127
         second = None if second is None else cv2.resize(second, size)
-    return photo, label, fov, None if second is None else second > 127
+    return Prepared(photo, label, fov, None if second is None else second > 127, pair.fov is None and not squeezed)
 
 
 def _recoloured(photo: np.ndarray, draw: tuple[int, int]) -> np.ndarray:
@@ -148,16 +164,17 @@ def score_pairs(
 
     def prepared() -> Iterator[tuple]:  # in order, so that a file that cannot be read stops all that come behind it
         for number, (pair, draw) in enumerate(shown):
-            yield number, pair, draw, *prepare_pair(pair, protocol)
+            yield number, pair, draw, prepare_pair(pair, protocol)
 
     def one(item: tuple) -> _Scored:
-        number, pair, draw, photo, label, fov, second = item
+        number, pair, draw, (photo, label, fov, second, found) = item
         name = pair.name
         if draw is not None:
+            found = False  # in the photo's own colours
             name, photo = f"{name}-colours-{draw + 1}", _recoloured(photo, (number // recolour, draw))
         start = time.perf_counter()
         try:  # the original's protocol keeps what the network says of the black surround
-            probability = segmenter(photo, everywhere=protocol == "notebook")
+            probability = segmenter(photo, fov if found else None, everywhere=protocol == "notebook")
         except UserError as error:
             raise UserError(f"{pair.image}: {error}") from None
         seconds = time.perf_counter() - start

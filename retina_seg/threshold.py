@@ -73,9 +73,9 @@ def _photo_scores(
     segmenter = Segmenter.load(find_checkpoint(run), **{"precision": "float32", **options})
 
     def one(pair: Pair) -> dict[str, np.ndarray]:
-        photo, label, fov, _ = prepare_pair(pair, protocol)
+        photo, label, fov, _, found = prepare_pair(pair, protocol)
         try:
-            probability = segmenter(photo, everywhere=protocol == "notebook")
+            probability = segmenter(photo, fov if found else None, everywhere=protocol == "notebook")
         except UserError as error:
             raise UserError(f"{pair.image}: {error}") from None
         region = np.ones_like(fov) if protocol == "notebook" else fov

@@ -118,6 +118,36 @@ def test_the_second_observer_is_scored_where_the_set_has_one(tmp_path):
     assert math.isnan(observer["mean"]["auc"])  # a mask has no ranking
 
 
+@pytest.mark.parametrize(
+    ("protocol", "size", "own", "recolour", "given"),
+    [
+        ("native", (48, 40), False, 0, True),
+        ("notebook", (512, 512), False, 0, True),
+        ("notebook", (48, 40), False, 0, False),  # squeezed
+        ("native", (48, 40), True, 0, False),  # the set's own, by which the network is not to measure its scale
+        ("native", (48, 40), False, 1, False),  # found in other colours
+    ],
+)
+def test_a_field_of_view_is_looked_for_once_and_only_taken_over_where_it_is_the_photos_own(
+    tmp_path, protocol, size, own, recolour, given
+):
+    from retina_seg.fov import find_fov
+
+    seen = []
+
+    class Watched(Segmenter):
+        def __call__(self, photo, fov=None, everywhere=False):
+            seen.append((photo, fov))
+            return super().__call__(photo, fov, everywhere)
+
+    watched = Watched(Redness(), {"kind": "fov", "fov_diameter": 64}, device="cpu", precision="float32")
+    pair = set_of_one(tmp_path, size, fov=np.full(size, 255, np.uint8) if own else None)
+    score_pairs(watched, [pair], protocol, progress=False, recolour=recolour)
+    (photo, fov), *others = seen
+    assert not others and (fov is not None) == given
+    assert fov is None or np.array_equal(fov, find_fov(photo))
+
+
 def test_the_threshold_decides(tmp_path):
     pair = set_of_one(tmp_path)
     none = score_pairs(segmenter(), [pair], "native", threshold=0.9999, progress=False)

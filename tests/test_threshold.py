@@ -65,7 +65,7 @@ def test_every_photo_is_scored_by_the_run_that_had_not_seen_it(lots, tiny_set, p
     assert curves["photos"] == [pair.name for _, pair in pairs] and len(set(curves["photos"])) == 4
     by_hand = []
     for run, pair in pairs:
-        photo, label, fov, _ = prepare_pair(pair, protocol)
+        photo, label, fov, *_ = prepare_pair(pair, protocol)
         probability = Segmenter.load(run, precision="float32")(photo, everywhere=protocol == "notebook")
         inside = np.ones_like(fov) if protocol == "notebook" else fov
         by_hand.append(f1_score((label > 127)[inside], (probability > 0.2)[inside]))
