@@ -335,19 +335,22 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 class FusedConv(nn.Module):
     """A convolution with what follows it in one call of oneDNN, while its result is still in the processor's cache.
 
-    x (N, in, H, W) -> relu(conv(x)), or with a shortcut (N, out, H, W) relu(conv(x) + shortcut); floats, inference only.
+    x (N, in, H, W) -> a(conv(x)), or with a shortcut (N, out, H, W) relu(conv(x) + shortcut); floats, inference only.
     The operation is the one behind `torch.compile` on processors, had without compiling; `fusing_works` says where.
+
+    Args:
+        activation: a, "relu" or "sigmoid".
     """
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: nn.Conv2d, activation: str = "relu") -> None:
         super().__init__()
-        self.convolution = convolution
+        self.convolution, self.activation = convolution, activation
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         c, operation = self.convolution, torch.ops.mkldnn._convolution_pointwise
         rest = (c.weight, c.bias, list(c.padding), list(c.stride), list(c.dilation), c.groups)
         if shortcut is None:
-            return operation(x, *rest, "relu", [], "")
+            return operation(x, *rest, self.activation, [], "")
         return operation.binary(x, shortcut, *rest, "add", 1.0, "relu", [], "")
 
 
@@ -363,15 +366,16 @@ class FusedResidualBlock(nn.Module):
 
 
 def fuse_activations(model: nn.Module) -> nn.Module:
-    """`model`, from `fold_batch_norm`, with every ReLU and shortcut behind a convolution joined to it, in place."""
+    """`model`, from `fold_batch_norm`, with every ReLU, sigmoid and shortcut behind a convolution joined to it, in place."""
+    activations = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid"}
     for name, child in list(model.named_children()):
         if isinstance(child, ResidualBlock):
             setattr(model, name, FusedResidualBlock(child))
-        elif isinstance(child, nn.Sequential) and any(isinstance(layer, nn.ReLU) for layer in child):
+        elif isinstance(child, nn.Sequential) and any(type(layer) in activations for layer in child):
             layers: list[nn.Module] = []
             for layer in child:
-                if isinstance(layer, nn.ReLU) and layers and isinstance(layers[-1], nn.Conv2d):
-                    layers[-1] = FusedConv(layers[-1])
+                if type(layer) in activations and layers and isinstance(layers[-1], nn.Conv2d):
+                    layers[-1] = FusedConv(layers[-1], activations[type(layer)])
                 elif not isinstance(layer, nn.Identity):  # where a normalisation was
                     layers.append(layer)
             setattr(model, name, nn.Sequential(*layers))
@@ -382,14 +386,15 @@ def fuse_activations(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def fusing_works(precision: torch.dtype) -> bool:
-    """Whether this machine's torch has the operation of `FusedConv`, and it gives what a convolution and a ReLU give."""
+    """Whether this machine's torch has the operation of `FusedConv`, and it gives what its parts give one by one."""
     with torch.random.fork_rng(devices=[]):
         convolution = nn.Conv2d(8, 8, 3, padding=1).to(precision)
         x, shortcut = (torch.randn(1, 8, 6, 6).to(precision) for _ in range(2))
     try:
         with torch.inference_mode():
-            fused = FusedConv(convolution)
-            pairs = [(fused(x), convolution(x).relu()), (fused(x, shortcut), (convolution(x) + shortcut).relu())]
+            y, fused = convolution(x), FusedConv(convolution)
+            pairs = [(fused(x), y.relu()), (FusedConv(convolution, "sigmoid")(x), y.sigmoid())]
+            pairs.append((fused(x, shortcut), (y + shortcut).relu()))
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):  # private to torch, so it may go any day
         return False
     return all(torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02) for one, other in pairs)
