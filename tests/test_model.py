@@ -1,6 +1,5 @@
 """The original network against a plain re-implementation, the fast one by its invariants, checkpoints in and out."""
 
-import copy
 import os
 import pickle
 import re
@@ -320,45 +319,6 @@ def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
         answer = model(photo)
         torch.testing.assert_close(folded(photo), answer, rtol=1e-4, atol=1e-4 * float(answer.abs().max()))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0, "value_kernel": 1})],
-)
-def test_joined_activations_compute_the_same(name, arguments, precision):
-    if not rooms.fusing_works(precision):
-        assert precision != torch.float32 or not torch.backends.mkldnn.is_available()
-        pytest.skip(f"torch cannot join them here in {precision}")
-    folded = rooms.fold_batch_norm(shaken(build_model(name, **arguments)).eval()).to(precision)
-    fused = rooms.fuse_activations(copy.deepcopy(folded))
-    kinds = [type(module).__name__ for module in fused.modules()]
-    assert not {"ReLU", "Sigmoid", "ResidualBlock"} & set(kinds) and kinds.count("FusedConv") >= 8
-    x = photo(2, 3, 48, 32).to(precision).to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        answer = folded(x).float()
-        limit = (1e-5 if precision == torch.float32 else 0.03) * float(answer.abs().max())
-        torch.testing.assert_close(fused(x).float(), answer, rtol=0, atol=limit)
-
-
-@pytest.mark.parametrize("fault", [AttributeError, RuntimeError, None])
-def test_without_torchs_operation_nothing_is_joined(monkeypatch, fault):
-    from retina_seg import predict
-
-    def missing(self, x, shortcut=None):
-        if fault:
-            raise fault("no such operation")
-        return self.convolution(x)  # or one that computes something else
-
-    monkeypatch.setattr(rooms.FusedConv, "forward", missing)
-    rooms.fusing_works.cache_clear()
-    try:
-        assert not rooms.fusing_works(torch.float32)
-        network = predict.inference_network(build_model("attention_unet").eval(), torch.device("cpu"), torch.float32)
-        assert not any(isinstance(module, rooms.FusedConv) for module in network.modules())
-    finally:
-        rooms.fusing_works.cache_clear()
 
 
 def test_build_model_names_what_it_does_not_know():
