@@ -92,8 +92,8 @@ FAULTS = [
     (
         "steps along the raw gradient",
         "optim",
-        "for _ in range(iterations):",
-        "for _ in range(0):",
+        "for number in range(iterations):",
+        "for number in range(0):",
         "optim",
     ),
     (
@@ -123,6 +123,13 @@ FAULTS = [
         "predict",
         "seen = seen[:, ::-1] if mirrored else seen",
         "seen = seen",
+        "predict",
+    ),
+    (
+        "joined operations never tried",
+        "predict",
+        "return fused if joined and _same_answers(fused, network, model.stride, precision) else network",
+        "return fused",
         "predict",
     ),
     ("vessels outside of the field of view", "predict", "probability[~fov] = 0", "pass", "predict"),
