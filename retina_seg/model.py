@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from retina_seg.utils import UserError, whole_file
@@ -69,17 +68,14 @@ class AttentionGate(nn.Module):
         in_channels: [G, S].
         out_channels: channels of the result.
         query_kernel: side of the query's and the key's convolutions, 3 in the original.
-        value_kernel: side of the value's, 3 in the original.
     """
 
-    def __init__(
-        self, in_channels: Sequence[int], out_channels: int, query_kernel: int = 3, value_kernel: int = 3
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int, query_kernel: int = 3) -> None:
         super().__init__()
         gate, skip = in_channels
         self.Wg = self._conv_norm(gate, out_channels, query_kernel)
         self.Ws = self._conv_norm(skip, out_channels, query_kernel)
-        self.Wv = self._conv_norm(gate + skip, out_channels, value_kernel)
+        self.Wv = self._conv_norm(gate + skip, out_channels, 3)
         self.output = nn.Sequential(nn.Conv2d(out_channels, out_channels, 1), nn.Sigmoid())
 
     @staticmethod
@@ -89,10 +85,7 @@ class AttentionGate(nn.Module):
 
     def attention(self, gate: Tensor, skip: Tensor) -> Tensor:
         """The weights a, (N, out, H, W) in (0, 1): what the gate looks at."""
-        return self._agreement(self.Wg(gate), self.Ws(skip))
-
-    def _agreement(self, query: Tensor, key: Tensor) -> Tensor:
-        return self.output((key * query).relu_())
+        return self.output((self.Ws(skip) * self.Wg(gate)).relu_())
 
     def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
         value = self.Wv(torch.cat([gate, skip], dim=1))
@@ -184,28 +177,6 @@ class ResidualBlock(nn.Module):
         return (x + self.norm2(self.conv2(y))).relu_()
 
 
-class UpsamplingGate(AttentionGate):
-    """Bilinear up-sampling by 2, then an `AttentionGate` whose query and key are 1x1 convolutions.
-
-    g (N, G, H, W) and s (N, S, 2H, 2W) -> (N, out, 2H, 2W). A 1x1 convolution may change places with an interpolation, so
-    where the value's is one too, the coarse path is convolved before it is up-sampled, and never joined with the skip: the
-    same function for a quarter of the arithmetic.
-    """
-
-    def __init__(self, in_channels: Sequence[int], out_channels: int, value_kernel: int = 3) -> None:
-        super().__init__(in_channels, out_channels, 1, value_kernel)
-        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-
-    def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
-        if self.Wv[0].kernel_size != (1, 1):
-            return super().forward(self.up(gate), skip)
-        (query, query_norm), (convolution, norm), coarse = self.Wg, self.Wv, gate.shape[1]
-        fine = F.conv2d(skip, convolution.weight[:, coarse:], convolution.bias)
-        value = norm(self.up(F.conv2d(gate, convolution.weight[:, :coarse])) + fine)
-        weights = self._agreement(query_norm(self.up(query(gate))), self.Ws(skip))
-        return torch.addcmul(value, value, weights)
-
-
 class FastAttentionUNet(nn.Module):
     """The original's two attention gates in a network that spends its arithmetic better.
 
@@ -222,16 +193,12 @@ class FastAttentionUNet(nn.Module):
         deepest: channels of the third level.
         fine: channels of the full-resolution path, 0 for none.
         dropout: share of feature maps dropped inside the deepest blocks while training.
-        value_kernel: side of the gates' value convolutions, 3 or 1; with 1 the residual blocks behind them do the
-            looking around.
     """
 
     stride = 8
     receptive_field = 160  # pixels to either side that a pixel's answer depends on, at most
 
-    def __init__(
-        self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1, value_kernel: int = 3
-    ) -> None:
+    def __init__(self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1) -> None:
         super().__init__()
         w1, w2, w3 = width, 2 * width, deepest
         self.unshuffle = nn.PixelUnshuffle(2)
@@ -244,9 +211,10 @@ class FastAttentionUNet(nn.Module):
             ResidualBlock(w3, 1, dropout), ResidualBlock(w3, 2, dropout), ResidualBlock(w3, 4, dropout)
         )
         self.pool = nn.MaxPool2d(2)
-        self.ag1 = UpsamplingGate([w3, w2], w2, value_kernel)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        self.ag1 = AttentionGate([w3, w2], w2, query_kernel=1)
         self.d1 = ResidualBlock(w2)
-        self.ag2 = UpsamplingGate([w2, w1], w1, value_kernel)
+        self.ag2 = AttentionGate([w2, w1], w1, query_kernel=1)
         self.d2 = ResidualBlock(w1)
         self.head = nn.Conv2d(w1, 4 * max(fine, 1), 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
@@ -267,8 +235,8 @@ class FastAttentionUNet(nn.Module):
         s1 = self.e1(self.stem(self.unshuffle(x)))  # (N, w1, H/2, W/2)
         s2 = self.e2(self.down1(self.pool(s1)))  # (N, w2, H/4, W/4)
         b = self.b1(self.down2(self.pool(s2)))  # (N, w3, H/8, W/8)
-        d = self.d1(self.ag1(b, s2))  # (N, w2, H/4, W/4)
-        d = self.d2(self.ag2(d, s1))  # (N, w1, H/2, W/2)
+        d = self.d1(self.ag1(self.up(b), s2))  # (N, w2, H/4, W/4)
+        d = self.d2(self.ag2(self.up(d), s1))  # (N, w1, H/2, W/2)
         y = self.shuffle(self.head(d))  # (N, fine, H, W); the logits where there is no fine path
         return y if self.fine is None else self.fine(torch.cat([y, x], dim=1))  # (N, 1, H, W)
 

@@ -196,19 +196,6 @@ def test_the_gate_adds_the_weighted_values_to_themselves(kernel):
     assert ((a > 0) & (a < 1)).all()
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_the_gate_that_samples_up_itself_is_the_gate_behind_the_up_sampling(kernel):
-    ours = shaken(rooms.UpsamplingGate([3, 2], 4, kernel))
-    plain = shaken(AttentionGate([3, 2], 4, 1, kernel))
-    plain.load_state_dict(ours.state_dict())
-    g, s = photo(2, 3, 5, 7), photo(2, 2, 10, 14, seed=1)
-    up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(g, s), plain(up(g), s))
-        # in training too, where normalisation looks at what is behind the up-sampling
-        torch.testing.assert_close(ours.train()(g, s), plain.train()(up(g), s))
-
-
 # -------------------------------------------------------------------------------------------------------- both networks
 
 
@@ -268,7 +255,7 @@ def test_the_fast_network_is_no_larger_than_the_original():
 
 
 def test_the_fast_network_goes_without_its_fine_path_and_at_other_widths():
-    for arguments in ({"fine": 0}, {"width": 8, "deepest": 24, "fine": 4}, {"dropout": 0.0}, {"value_kernel": 1}):
+    for arguments in ({"fine": 0}, {"width": 8, "deepest": 24, "fine": 4}, {"dropout": 0.0}):
         model = build_model("fast_attention_unet", **arguments).eval()
         with torch.no_grad():
             assert model(photo(1, 3, 24, 40)).shape == (1, 1, 24, 40)

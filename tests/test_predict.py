@@ -258,7 +258,7 @@ def joined(network):
 
 
 PROCESSOR = torch.device("cpu")
-KINDS = [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0, "value_kernel": 1})]
+KINDS = [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0})]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
