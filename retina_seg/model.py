@@ -177,6 +177,13 @@ class ResidualBlock(nn.Module):
         return (x + self.norm2(self.conv2(y))).relu_()
 
 
+class FinePath(nn.Sequential):
+    """Convolutions at full resolution: features (N, F, H, W) and photo (N, 3, H, W) -> logits (N, 1, H, W)."""
+
+    def forward(self, features: Tensor, photo: Tensor) -> Tensor:
+        return super().forward(torch.cat([features, photo], dim=1))
+
+
 class FastAttentionUNet(nn.Module):
     """The original's two attention gates in a network that spends its arithmetic better.
 
@@ -218,9 +225,7 @@ class FastAttentionUNet(nn.Module):
         self.d2 = ResidualBlock(w1)
         self.head = nn.Conv2d(w1, 4 * max(fine, 1), 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
-        self.fine = (
-            nn.Sequential(self._conv_norm_relu(fine + 3, fine), nn.Conv2d(fine, 1, 3, padding=1)) if fine else None
-        )
+        self.fine = FinePath(self._conv_norm_relu(fine + 3, fine), nn.Conv2d(fine, 1, 3, padding=1)) if fine else None
 
     @staticmethod
     def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -238,7 +243,7 @@ class FastAttentionUNet(nn.Module):
         d = self.d1(self.ag1(self.up(b), s2))  # (N, w2, H/4, W/4)
         d = self.d2(self.ag2(self.up(d), s1))  # (N, w1, H/2, W/2)
         y = self.shuffle(self.head(d))  # (N, fine, H, W); the logits where there is no fine path
-        return y if self.fine is None else self.fine(torch.cat([y, x], dim=1))  # (N, 1, H, W)
+        return y if self.fine is None else self.fine(y, x)  # (N, 1, H, W)
 
 
 # --------------------------------------------------------------------------------------------------- build, save and load
@@ -302,46 +307,147 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 class FusedConv(nn.Module):
     """A convolution with what follows it in one call of oneDNN, while its result is still in the processor's cache.
 
-    x (N, in, H, W) -> a(conv(x)), or with a shortcut (N, out, H, W) relu(conv(x) + shortcut); floats, inference only.
-    The operation is the one behind `torch.compile` on processors, had without compiling. It makes 0 of what
-    is not a number where ReLU keeps it.
+    x (N, in, H, W) -> a(conv(x)), or with a second tensor b (N, out, H, W) a(conv(x) + b) or a(conv(x) b); floats,
+    inference only. The operation is the one behind `torch.compile` on processors, had without compiling. It makes 0 of
+    what is not a number where ReLU keeps it.
 
     Args:
-        activation: a, "relu" or "sigmoid".
+        convolution: its weights, in their precision.
+        activation: a, "relu", "sigmoid" (without a second tensor), or "none".
+        weight, bias: instead of the convolution's, for more or fewer channels than it has.
     """
 
-    def __init__(self, convolution: nn.Conv2d, activation: str = "relu") -> None:
+    def __init__(
+        self,
+        convolution: nn.Conv2d,
+        activation: str = "none",
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.convolution, self.activation = convolution, activation
+        if weight is None:
+            weight, bias = convolution.weight, convolution.bias
+        c = convolution
+        self.register_buffer("weight", weight.detach().contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.settings = (list(c.padding), list(c.stride), list(c.dilation), c.groups)
+        self.activation = activation
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        c, operation = self.convolution, torch.ops.mkldnn._convolution_pointwise
-        rest = (c.weight, c.bias, list(c.padding), list(c.stride), list(c.dilation), c.groups)
-        if shortcut is None:
-            return operation(x, *rest, self.activation, [], "")
-        return operation.binary(x, shortcut, *rest, "add", 1.0, "relu", [], "")
+    def forward(self, x: Tensor) -> Tensor:
+        operation = torch.ops.mkldnn._convolution_pointwise
+        return operation(x, self.weight, self.bias, *self.settings, self.activation, [], "")
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """a(conv(x) + other), written into `other`."""
+        operation = torch.ops.mkldnn._convolution_pointwise_.binary
+        return operation(other, x, self.weight, self.bias, *self.settings, "add", 1.0, *self._then())
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """a(conv(x) other)."""
+        operation = torch.ops.mkldnn._convolution_pointwise.binary
+        return operation(x, other, self.weight, self.bias, *self.settings, "mul", 1.0, *self._then())
+
+    def _then(self) -> tuple:
+        return None if self.activation == "none" else self.activation, [], None
 
 
 class FusedResidualBlock(nn.Module):
-    """A `ResidualBlock` for inference, its normalisation folded, of two `FusedConv`."""
+    """A `ResidualBlock` for inference, its normalisation folded. It writes its result into what it is given."""
 
     def __init__(self, block: ResidualBlock) -> None:
         super().__init__()
-        self.conv1, self.conv2 = FusedConv(block.conv1), FusedConv(block.conv2)
+        self.conv1, self.conv2 = FusedConv(block.conv1, "relu"), FusedConv(block.conv2, "relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x), x)
+        return self.conv2.plus(self.conv1(x), x)
 
 
-def fuse_activations(model: nn.Module) -> nn.Module:
-    """`model`, from `fold_batch_norm`, with every ReLU, sigmoid and shortcut behind a convolution joined to it, in place.
+class FusedJoin(nn.Module):
+    """A convolution of two tensors' channels, a (N, A, H, W) and b (N, B, H, W), that are not joined for it.
 
-    The operation is private to torch and may go any day: `predict.inference_network` tries the result before it is used.
+    The sum of a convolution of each is the same, without a pass over memory to join them.
     """
+
+    def __init__(self, convolution: nn.Conv2d, first: int, activation: str = "none") -> None:
+        super().__init__()
+        weight = convolution.weight
+        self.first = FusedConv(convolution, "none", weight[:, :first], convolution.bias)
+        self.second = FusedConv(convolution, activation, weight[:, first:])
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.second.plus(b, self.first(a))
+
+
+class FusedGate(nn.Module):
+    """An `AttentionGate` for inference, its normalisation folded."""
+
+    def __init__(self, gate: AttentionGate) -> None:
+        super().__init__()
+        query, key, value, weights = gate.Wg[0], gate.Ws[0], gate.Wv[0], gate.output[0]
+        self.query, self.key, self.weights = FusedConv(query), FusedConv(key, "relu"), FusedConv(weights, "sigmoid")
+        self.value = FusedJoin(value, query.in_channels)
+
+    def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
+        weights = self.weights(self.key.times(skip, self.query(gate)))
+        value = self.value(gate, skip)
+        return value.addcmul_(value, weights)
+
+
+class FusedFinePath(nn.Module):
+    """A `FinePath` for inference, its normalisation folded."""
+
+    def __init__(self, path: FinePath) -> None:
+        super().__init__()
+        first, last = path[0][0], path[1]
+        self.first, self.last = FusedJoin(first, first.in_channels - 3, "relu"), FusedConv(last)
+
+    def forward(self, features: Tensor, photo: Tensor) -> Tensor:
+        return self.last(self.first(features, photo))
+
+
+class RunShuffle(nn.Module):
+    """Pixel-shuffle by 2 of channels ordered (row, column, channel): (N, 4 C, H, W) -> (N, C, 2H, 2W), channels last.
+
+    So ordered, two neighbours in a row lie side by side before and after, and are copied in one run.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        runs = x.permute(0, 2, 3, 1).reshape(n, h, w, 2, c // 2).transpose(2, 3)
+        return runs.reshape(n, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
+
+
+class RunUnshuffle(nn.Module):
+    """The reverse of `RunShuffle`: (N, C, 2H, 2W) -> (N, 4 C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        runs = x.permute(0, 2, 3, 1).reshape(n, h // 2, 2, w // 2, 2 * c).transpose(2, 3)
+        return runs.reshape(n, h // 2, w // 2, 4 * c).permute(0, 3, 1, 2)
+
+
+def _in_runs(channels: int) -> list[int]:
+    """The channels of a pixel-shuffle by 2, which are ordered (channel, row, column), as `RunShuffle` orders them."""
+    return torch.arange(channels).view(-1, 4).T.flatten().tolist()
+
+
+def fuse_operations(model: nn.Module) -> nn.Module:
+    """`model`, from `fold_batch_norm`, made of the fused modules above, in place: the same function, up to rounding.
+
+    Their operation is private to torch and may go any day: `predict.inference_network` tries the result before it is used.
+    """
+    if isinstance(model, FastAttentionUNet):
+        stem, head = model.stem[0], model.head
+        stem.weight = nn.Parameter(stem.weight[:, _in_runs(stem.in_channels)])
+        head.weight, head.bias = (
+            nn.Parameter(value[_in_runs(head.out_channels)]) for value in (head.weight, head.bias)
+        )
+        model.unshuffle, model.shuffle = RunUnshuffle(), RunShuffle()
     activations = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid"}
+    fused = {ResidualBlock: FusedResidualBlock, AttentionGate: FusedGate, FinePath: FusedFinePath, nn.Conv2d: FusedConv}
     for name, child in list(model.named_children()):
-        if isinstance(child, ResidualBlock):
-            setattr(model, name, FusedResidualBlock(child))
+        if type(child) in fused:
+            setattr(model, name, fused[type(child)](child))
         elif isinstance(child, nn.Sequential) and any(type(layer) in activations for layer in child):
             layers: list[nn.Module] = []
             for layer in child:
@@ -351,7 +457,7 @@ def fuse_activations(model: nn.Module) -> nn.Module:
                     layers.append(layer)
             setattr(model, name, nn.Sequential(*layers))
         else:
-            fuse_activations(child)
+            fuse_operations(child)
     return model
 
 

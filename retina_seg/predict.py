@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from retina_seg.fov import LARGEST_SIDE, find_fov, fov_box, fov_diameter
-from retina_seg.model import FusedConv, fold_batch_norm, fuse_activations, load_model
+from retina_seg.model import FusedConv, fold_batch_norm, fuse_operations, load_model
 from retina_seg.utils import UserError, choose_device, choose_precision
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -227,15 +227,15 @@ class Segmenter:
 def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
     """A copy of `model` (in evaluation mode) as it is fastest: batch normalisation folded, channels last, in `precision`.
 
-    On a processor, ReLUs, sigmoids and shortcuts are joined to the convolutions before them, where that gives the same. It
-    takes (N, 3, H, W) in `precision`, channels last, on `device`. All weights are brought to bfloat16 once, where autocast
-    would do it at every call. The number of threads is torch's own choice, one a core: convolutions of this size keep all
-    cores busy, and more threads than cores only take turns.
+    On a processor, what stands before and behind convolutions is joined to them (`model.fuse_operations`), where that gives
+    the same. It takes (N, 3, H, W) in `precision`, channels last, on `device`. All weights are brought to bfloat16 once,
+    where autocast would do it at every call. The number of threads is torch's own choice, one a core: convolutions of this
+    size keep all cores busy, and more threads than cores only take turns.
     """
     network = fold_batch_norm(model).to(device, precision, memory_format=torch.channels_last)
     if device.type != "cpu":
         return network
-    fused = fuse_activations(copy.deepcopy(network))
+    fused = fuse_operations(copy.deepcopy(network))
     joined = any(isinstance(module, FusedConv) for module in fused.modules())
     return fused if joined and _same_answers(fused, network, model.stride, precision) else network
 

@@ -502,3 +502,11 @@ def test_arithmetic_is_counted_and_grows_with_the_pixels():
     assert count_arithmetic(convolution, 10, 12) == 3 * 8 * 9 * 10 * 12
     original = attention_unet()
     assert count_arithmetic(original, 64, 128) == 8 * count_arithmetic(original, 32, 32)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shuffles_in_runs_are_pixel_shuffles_of_reordered_channels(channels):
+    small, large = photo(2, 4 * channels, 3, 5), photo(2, channels, 6, 10)
+    order = rooms._in_runs(4 * channels)
+    assert torch.equal(rooms.RunShuffle()(small[:, order]), F.pixel_shuffle(small, 2))
+    assert torch.equal(rooms.RunUnshuffle()(large), F.pixel_unshuffle(large, 2)[:, order])

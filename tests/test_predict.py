@@ -274,15 +274,18 @@ def test_the_network_as_it_is_fastest_computes_the_same(name, arguments, precisi
     with torch.inference_mode():
         answer = model(x)
         limit = (1e-4 if precision == torch.float32 else 0.1) * float(answer.abs().max())
-        torch.testing.assert_close(network(x.to(precision)).float(), answer, rtol=0, atol=limit)
+        seen = x.to(precision, copy=True)
+        for _ in range(2):  # results are written into what is no longer needed, and that is not the photo
+            torch.testing.assert_close(network(seen).float(), answer, rtol=0, atol=limit)
+        assert torch.equal(seen, x.to(precision))
 
 
-def without_operation(self, x, shortcut=None):
+def without_operation(self, x):
     raise AttributeError("no such operation")
 
 
-def another_operation(self, x, shortcut=None):
-    return self.convolution(x)
+def another_operation(self, x):
+    return torch.conv2d(x, self.weight, self.bias, padding=self.settings[0])
 
 
 @pytest.mark.parametrize("forward", [without_operation, another_operation])
