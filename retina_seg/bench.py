@@ -35,10 +35,11 @@ from tqdm.auto import tqdm
 from retina_seg import synthetic
 from retina_seg.data import TrainingPhotos, list_pairs
 from retina_seg.folder import segment_files
+from retina_seg.fused import inference_network
 from retina_seg.images import read_photo, write_picture
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import build_model, count_arithmetic, count_parameters, load_model
-from retina_seg.predict import Segmenter, find_checkpoint, inference_network, photo_batch
+from retina_seg.predict import Segmenter, find_checkpoint, photo_batch
 from retina_seg.test import score_pairs
 from retina_seg.train import TrainConfig, make_optimizer, train
 from retina_seg.utils import (

@@ -11,7 +11,6 @@ The photo is brought to the frame its network was trained in, and all of that is
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from retina_seg.fov import LARGEST_SIDE, find_fov, fov_box, fov_diameter
-from retina_seg.model import FusedConv, fold_batch_norm, fuse_operations, load_model
+from retina_seg.fused import inference_network
+from retina_seg.model import load_model
 from retina_seg.utils import UserError, choose_device, choose_precision
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -222,35 +222,6 @@ class Segmenter:
         if np.isnan(logits).any():
             raise UserError("the network answers with what is no number; choose other weights")
         return logits
-
-
-def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
-    """A copy of `model` (in evaluation mode) as it is fastest: batch normalisation folded, channels last, in `precision`.
-
-    On a processor, what stands before and behind convolutions is joined to them (`model.fuse_operations`), where that gives
-    the same. It takes (N, 3, H, W) in `precision`, channels last, on `device`. All weights are brought to bfloat16 once,
-    where autocast would do it at every call. The number of threads is torch's own choice, one a core: convolutions of this
-    size keep all cores busy, and more threads than cores only take turns.
-    """
-    network = fold_batch_norm(model).to(device, precision, memory_format=torch.channels_last)
-    if device.type != "cpu":
-        return network
-    fused = fuse_operations(copy.deepcopy(network))
-    joined = any(isinstance(module, FusedConv) for module in fused.modules())
-    return fused if joined and _same_answers(fused, network, model.stride, precision) else network
-
-
-@torch.inference_mode()
-def _same_answers(fused: nn.Module, network: nn.Module, stride: int, precision: torch.dtype) -> bool:
-    """Whether `fused` can be run here, and gives on noise what `network` does, which are numbers."""
-    noise = torch.rand(1, 3, 4 * stride, 4 * stride, generator=torch.Generator().manual_seed(0)).to(precision)
-    expected = network(noise).float()
-    try:
-        answer = fused(noise).float()
-    except (AttributeError, RuntimeError, TypeError):  # torch without the operation, or with another
-        return False
-    limit = (1e-4 if precision == torch.float32 else 0.1) * float(expected.abs().max())
-    return bool(((answer - expected).abs() <= limit).all())  # never so where it is no number
 
 
 def photo_batch(photo: np.ndarray, device: torch.device) -> Tensor:

@@ -287,27 +287,6 @@ def test_runs_under_bfloat16_autocast(name):
     assert (exact - rough).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["attention_unet", "fast_attention_unet"])
-def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
-    torch.manual_seed(0)
-    model = rooms.build_model(name).train()
-    with pytest.raises(ValueError, match="evaluation mode"):
-        rooms.fold_batch_norm(model)
-    with torch.no_grad():
-        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):  # nothing may be a no-op by chance
-            norm.weight.uniform_(0.5, 2), norm.bias.uniform_(-1, 1)
-            norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.5, 2)
-    model.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    folded = rooms.fold_batch_norm(model)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    photo = torch.rand(2, 3, 48, 32)
-    with torch.inference_mode():
-        answer = model(photo)
-        torch.testing.assert_close(folded(photo), answer, rtol=1e-4, atol=1e-4 * float(answer.abs().max()))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
 def test_build_model_names_what_it_does_not_know():
     with pytest.raises(UserError, match="'unet' is unknown.*attention_unet, fast_attention_unet"):
         build_model("unet")
@@ -502,11 +481,3 @@ def test_arithmetic_is_counted_and_grows_with_the_pixels():
     assert count_arithmetic(convolution, 10, 12) == 3 * 8 * 9 * 10 * 12
     original = attention_unet()
     assert count_arithmetic(original, 64, 128) == 8 * count_arithmetic(original, 32, 32)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_shuffles_in_runs_are_pixel_shuffles_of_reordered_channels(channels):
-    small, large = photo(2, 4 * channels, 3, 5), photo(2, channels, 6, 10)
-    order = rooms._in_runs(4 * channels)
-    assert torch.equal(rooms.RunShuffle()(small[:, order]), F.pixel_shuffle(small, 2))
-    assert torch.equal(rooms.RunUnshuffle()(large), F.pixel_unshuffle(large, 2)[:, order])

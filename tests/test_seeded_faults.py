@@ -127,10 +127,10 @@ FAULTS = [
     ),
     (
         "joined operations never tried",
-        "predict",
+        "fused",
         "return fused if joined and _same_answers(fused, network, model.stride, precision) else network",
         "return fused",
-        "predict",
+        "fused",
     ),
     ("vessels outside of the field of view", "predict", "probability[~fov] = 0", "pass", "predict"),
     (
