@@ -58,11 +58,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         raise ValueError("only a network in evaluation mode can be folded; call eval() first")
     folded = copy.deepcopy(model)
     for module in folded.modules():
-        before = None
-        for (
-            name,
-            child,
-        ) in module.named_children():  # in these networks a normalisation is registered where it is applied
+        before = None  # in these networks a normalisation is registered where it is applied
+        for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d) and isinstance(before, tuple):
                 setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
                 setattr(module, name, nn.Identity())
