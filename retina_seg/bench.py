@@ -493,7 +493,8 @@ def measure_point(point: dict[str, int], steps: int) -> dict[str, float | None]:
     device = torch.device("cpu")
     precision = choose_precision("auto", device)
     config = TrainConfig.fast()
-    model = build_model(config.model).to(memory_format=training_layout(device, precision))
+    model = build_model(config.model, **config.model_arguments)
+    model = model.to(memory_format=training_layout(device, precision))
     optimizer = make_optimizer(model, config)
     loader = DataLoader(photos, point["batch"], num_workers=point["workers"])
     stamps: list[float] = []

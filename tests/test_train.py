@@ -174,6 +174,23 @@ def test_one_seed_one_result_and_another_seed_another(tiny_set, tmp_path):
     assert not same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
 
 
+def test_batches_made_beside_the_network_or_between_steps_are_the_same(tiny_set, tmp_path, monkeypatch):
+    for beside in (True, False):
+        monkeypatch.setattr(training, "core_to_spare", lambda *_, beside=beside: beside)
+        fit(tiny(tiny_set, tmp_path / str(beside)), progress=False)
+    assert same_weights(weights_of(tmp_path / "True"), weights_of(tmp_path / "False"))
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "processes", "spare"), [(2, 2, 1, False), (2, 1, 1, True), (8, 2, 4, False), (8, 2, 3, True)]
+)
+def test_batches_are_made_beside_the_network_where_it_leaves_a_core(cores, threads, processes, spare, monkeypatch):
+    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert training.core_to_spare(torch.device("cpu"), processes) == spare
+    assert training.core_to_spare(torch.device("cuda"), processes)
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tiny_set, tmp_path, monkeypatch):
     fit(tiny(tiny_set, tmp_path / "whole", epochs=3), progress=False)
     real, calls = training.save_last, []
