@@ -494,7 +494,7 @@ def _network(parser: argparse.ArgumentParser) -> None:
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("changes to the recipe", "what is not given is the recipe's own")
-    group.add_argument("--epochs", type=int, help="passes (default: notebook 10, quick 3, else 36)")
+    group.add_argument("--epochs", type=int, help="passes (default: notebook 10, quick 3, fast 20, else 36)")
     group.add_argument("--batch-size", type=int, help="photos a step and process (default: 2)")
     group.add_argument("--learning-rate", type=float, help="its peak (default: notebook 1e-4, else 2e-3)")
     group.add_argument("--seed", type=int, help="of all that is drawn (default: 42)")
