@@ -17,6 +17,7 @@ from retina_seg.model import count_parameters, load_checkpoint
 from retina_seg.predict import WEIGHTS, Segmenter, shipped_weights
 from retina_seg.synthetic import draw_photo
 from retina_seg.test import score_pairs
+from retina_seg.train import PRESETS, TrainConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -69,6 +70,14 @@ def test_no_test_photo_mirrored_or_turned_is_among_those_trained_on(name, real_d
 
 
 STATED = [(name, {"drive": "fast"}.get(name, name)) for name in shipped_weights()]
+
+
+@pytest.mark.parametrize(("name", "run"), STATED)
+def test_weights_are_of_the_recipe_that_is_named_after_them(name, run):
+    trained = TrainConfig.from_json(RESULTS / run / "config.json")
+    recipe = PRESETS[run](data=trained.data, output=trained.output)
+    recipe.largest_diameter = trained.largest_diameter  # of use, not of training: `general` got its own later
+    assert recipe == trained
 
 
 @pytest.mark.real
