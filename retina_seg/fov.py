@@ -1,7 +1,7 @@
-"""The field of view: the lit, round part of a fundus photo, found where a set gives no mask for it.
+"""The field of view: the lit, round part of a fundus image, found where a dataset gives no mask for it.
 
-A fundus camera lights a disc; the rest of the frame is black and holds nothing to score or to find. Its diameter in
-pixels is also the one measure of scale that every photo carries.
+A fundus camera lights a disc; the rest of the frame is black and holds nothing to segment or to score. The disc's
+diameter in pixels is also the one measure of scale that every image carries.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import cv2
 import numpy as np
 
 DETECTION_SIDE = 640  # longest side the search works at: finer only costs time
-LARGEST_SIDE = 8192  # pixels a photo may be scaled to: more is a mistake, or meant to exhaust the memory
-BLACK = 8  # grey levels: a photo that is nowhere brighter shows nothing
+LARGEST_SIDE = 8192  # pixels an image may be scaled to: more is a mistake, or meant to exhaust the memory
+BLACK = 8  # grey levels: an image that is nowhere brighter shows nothing
 
 
-def find_fov(photo: np.ndarray) -> np.ndarray:
-    """The field of view of `photo`.
+def find_fov(image: np.ndarray) -> np.ndarray:
+    """The field of view of `image`.
 
-    The surround is as dark as the corners; what is clearly brighter, its largest part, and the convex hull of that (a
-    field of view is convex, dark patches at its rim belong to it) is the answer. Where the corners are lit, there is no
-    visible border, and the whole frame is the field of view.
+    The surround is as dark as the corners. The largest part that is clearly brighter is taken, and its convex hull: a
+    field of view is convex, dark patches at its rim belong to it. Where the corners are lit there is no visible border,
+    and the whole frame is the field of view.
 
     Args:
-        photo: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB.
 
     Returns:
-        (H, W) bool; all False for a black photo.
+        (H, W) bool; all False for a black image.
     """
-    height, width = photo.shape[:2]
+    height, width = image.shape[:2]
     scale = min(1.0, DETECTION_SIDE / max(height, width))
     small_size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(photo, small_size, interpolation=cv2.INTER_AREA) if scale < 1 else photo
+    small = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA) if scale < 1 else image
     red, green, blue = cv2.split(small)
-    light = cv2.medianBlur(cv2.max(cv2.max(red, green), blue), 5)  # red in most photos; grey ones work too
+    light = cv2.medianBlur(cv2.max(cv2.max(red, green), blue), 5)  # red in most images; grey ones work too
     bright = float(np.percentile(light, 95))
     if bright <= BLACK:
         return np.zeros((height, width), bool)
@@ -56,7 +56,7 @@ def find_fov(photo: np.ndarray) -> np.ndarray:
 def _fill_convex(corners: np.ndarray, height: int, width: int) -> np.ndarray:
     """The pixels (height, width) bool with their middle in the convex polygon of `corners`, (n, 2) float x, y in order.
 
-    By half-planes, so that a mirrored or turned polygon gives the mirrored or turned pixels: one row's bounds at a time.
+    By half-planes, a row's bounds at a time: so a mirrored or rotated polygon gives the mirrored or rotated pixels.
     """
     rows = np.arange(height)
     left, right = np.zeros(height), np.full(height, width - 1.0)
@@ -78,7 +78,7 @@ def _fill_convex(corners: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _surround_level(light: np.ndarray) -> float:
-    """The brightness of the darkest two corners (each a twentieth of the sides): a label or a lamp may light the others."""
+    """The brightness of the darkest two corners (a twentieth of each side): printed text or a lamp may light the others."""
     rows, columns = (max(1, side // 20) for side in light.shape)
     corners = [light[:rows, :columns], light[:rows, -columns:], light[-rows:, :columns], light[-rows:, -columns:]]
     return float(sorted(np.median(corner) for corner in corners)[1])

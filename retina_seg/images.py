@@ -1,6 +1,6 @@
-"""Picture files in and out: decoded within bounds, upright, as plain arrays; written whole or not at all.
+"""Image files in and out: decoded within bounds, upright, as plain arrays; written whole or not at all.
 
-Photos are RGB inside the package; only the networks, which follow the original, are fed OpenCV's BGR.
+Images are RGB inside the package; only the networks, which follow the original, are fed OpenCV's BGR.
 """
 
 from __future__ import annotations
@@ -8,10 +8,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import logging
-import os
-import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,38 +16,12 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageOps
 
-from retina_seg.utils import UserError, whole_file
+from retina_seg.utils import UserError, atomic_write, natural_sort
 
-PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp")
-MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 photo has 108 million; Pillow itself refuses above 178.9 million
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp")
+MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP")
-# Pillow also logs some of what it raises, and what is logged to nobody goes to standard error
-logging.getLogger("PIL").addHandler(logging.NullHandler())
-_STDERR = threading.Lock()  # for whoever points the process's standard error elsewhere
-
-
-class _Quiet:
-    """Within the block no warning is shown. `warnings.catch_warnings` for threads: all of them leave before it ends."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._caught = threading.Lock(), 0, contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._caught.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._caught.close()
-
-
-_QUIET = _Quiet()
 
 
 @contextlib.contextmanager
@@ -71,38 +41,23 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             if len(data) > MAX_BYTES:
                 raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; give a smaller file")
             source = io.BytesIO(data)
-        # our own bound, below, replaces Pillow's warning; its other remarks on odd files are no news to a user
-        with _QUIET, Image.open(source, formats=_FORMATS) as image:
+        with Image.open(source, formats=_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise UserError(f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the photo down")
-            with _without_libtiffs_remarks() if image.format == "TIFF" else contextlib.nullcontext():
-                yield image
+                raise UserError(f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the image down")
+            yield image
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"{path}: is too large for the memory of this machine; scale the photo down") from None
+        raise UserError(f"{path}: is too large for the memory of this machine; scale the image down") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: has more than {MAX_PIXELS:,} pixels; scale the photo down") from None
+        raise UserError(f"{path}: has more than {MAX_PIXELS:,} pixels; scale the image down") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: is not a picture that can be read; save it as an 8-bit PNG or JPEG") from None
+        raise UserError(f"{path}: is not an image that can be read; save it as an 8-bit PNG or JPEG") from None
     except PermissionError:
         raise UserError(f"{path}: may not be read; check its permissions") from None
     except Exception as error:  # decoders of broken bytes raise anything
         raise UserError(f"{path}: is damaged or cut short ({type(error).__name__}: {str(error)[:80]})") from None
-
-
-@contextlib.contextmanager
-def _without_libtiffs_remarks() -> Iterator[None]:
-    """libtiff writes on standard error, past Python, what it then raises too."""
-    with _STDERR, contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a process may have no standard error
-            kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, 2)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-        yield
 
 
 def _to_8_bit(image: Image.Image, path: Path, file_format: str | None) -> Image.Image:
@@ -111,18 +66,17 @@ def _to_8_bit(image: Image.Image, path: Path, file_format: str | None) -> Image.
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise UserError(f"{path}: has 32 bits a pixel; save it as an 8-bit or 16-bit picture")
+        raise UserError(f"{path}: has 32 bits a pixel; save it as an 8-bit or 16-bit image")
     return image
 
 
-def read_photo(path: str | Path) -> np.ndarray:
-    """Decode a photo: (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+def read_image(path: str | Path) -> np.ndarray:
+    """Decode a fundus image: (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
     Grey becomes three equal channels, 16 bits become 8, transparency is laid on black, of several frames the first is
     taken.
 
-    Raises:
-        UserError: no such file, not a picture, damaged, too large, 32 bits a pixel.
+    Raises `UserError`: no such file, not an image, damaged, too large, 32 bits a pixel.
     """
     path = Path(path)
     with _opened(path) as image:
@@ -134,62 +88,51 @@ def read_photo(path: str | Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def read_label(path: str | Path) -> np.ndarray:
-    """Decode a label, mask or map: (H, W) uint8 grey as a viewer shows it.
+def read_grey(path: str | Path) -> np.ndarray:
+    """Decode a mask or map as stored: (H, W) uint8 grey as a viewer shows it.
 
     Palette colours are looked up before they are turned to grey: some public sets store inverted palettes, so raw
     indices mean nothing.
 
-    Raises:
-        UserError: as `read_photo`.
+    Raises `UserError`: as `read_image`.
     """
     path = Path(path)
     with _opened(path) as image:
         return np.array(_to_8_bit(ImageOps.exif_transpose(image), path, image.format).convert("L"))
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) from the header alone, as stored (before EXIF turning). Raises `UserError` as `read_photo`."""
+def read_mask(path: str | Path) -> np.ndarray:
+    """A mask (H, W) uint8 in 0 … 255, vessel above 127; one stored as 0/1 is stretched to 0/255. Raises as `read_image`."""
+    mask = read_grey(path)
+    return mask * 255 if mask.max() == 1 else mask
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) from the header alone, as stored (before EXIF rotation). Raises `UserError` as `read_image`."""
     with _opened(Path(path)) as image:
         return image.size[1], image.size[0]
 
 
-def write_picture(path: str | Path, picture: np.ndarray) -> None:
+def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8, or (H, W) uint16, in the format of the ending of `path`: whole or not at all.
 
-    Raises:
-        UserError: the folder may not be written to, or the disk is full.
+    Raises `UserError`: the folder may not be written to, or the disk is full.
     """
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         if Path(path).suffix.lower() != ".png":
-            iio.imwrite(temporary, picture, plugin="pillow")
+            iio.imwrite(temporary, image, plugin="pillow")
             return
         # OpenCV's own choice of filter and strategy writes two to six times as fast as Pillow at its fastest, as small
-        done, content = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if picture.ndim == 3 else picture)
+        done, content = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image)
         if not done:
             raise OSError("OpenCV could not encode it")
         temporary.write_bytes(content)
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in `folder` (not below it), hidden ones left out, by name with numbers in order (2 before 10)."""
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files in `folder` (not below it), hidden ones left out, in natural order (2 before 10)."""
     try:
-        files = [path for path in Path(folder).iterdir() if path.suffix.lower() in PHOTO_ENDINGS]
+        files = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); give a folder of pictures") from None
-    return sorted((path for path in files if not path.name.startswith(".") and path.is_file()), key=natural_key)
-
-
-def natural_key(path: str | Path) -> tuple:
-    """A sort key that counts: 2.png before 10.png."""
-    pieces: list[tuple[int, int, str]] = []
-    digits = ""
-    for character in Path(path).name + "\0":
-        if character.isascii() and character.isdigit():
-            digits += character
-            continue
-        if digits:
-            pieces.append((0, int(digits[:18]), digits))
-            digits = ""
-        pieces.append((1, 0, character))
-    return tuple(pieces)
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); give a folder of images") from None
+    return natural_sort(path for path in files if not path.name.startswith(".") and path.is_file())

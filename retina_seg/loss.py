@@ -12,6 +12,8 @@ it does not saturate (the original clamps log p at -100, with a zero gradient be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
     Args:
         logits: any shape, float.
         targets: the same shape, float in [0, 1]; fractions allowed.
-        smooth: added to both sides of the fraction, so that an empty label is no division by zero.
+        smooth: added to both sides of the fraction, so that an empty mask is no division by zero.
 
     Returns:
         A scalar tensor in [0, 1), float32 (sums of many pixels overflow the precision of bfloat16).
@@ -66,3 +68,7 @@ class DiceBCELoss(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
         return dice_bce_loss(inputs, targets, smooth)
+
+
+# what TrainConfig.loss may be; every entry is a function of (logits, masks) that gives a scalar
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dice_bce": dice_bce_loss, "dice": dice_loss}

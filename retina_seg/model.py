@@ -9,17 +9,13 @@ Attribute names are checkpoint keys and never change.
 
 from __future__ import annotations
 
-import io
-import warnings
-import zipfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retina_seg.utils import UserError, whole_file
+from retina_seg.utils import UserError
 
 # ------------------------------------------------------------------------------------------------ the original's blocks
 
@@ -82,7 +78,7 @@ class AttentionGate(nn.Module):
         return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
     def attention(self, gate: Tensor, skip: Tensor) -> Tensor:
-        """The weights a, (N, out, H, W) in (0, 1): what the gate looks at."""
+        """The weights a, (N, out, H, W) in (0, 1)."""
         return self.output((self.Ws(skip) * self.Wg(gate)).relu_())
 
     def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
@@ -111,12 +107,11 @@ class AttentionUNet(nn.Module):
 
     664,071 trainable parameters, 120 state-dict entries; a state dict of the original loads with `strict=True`.
 
-    Raises:
-        ValueError: H or W is no multiple of 4 (`predict.Segmenter` pads any photo).
+    Raises `ValueError`: H or W is no multiple of 4 (`Segmenter` pads any image).
     """
 
     stride = 4  # height and width must be multiples of this
-    receptive_field = None  # up-sampling with aligned corners sees a tile otherwise than the whole: it cannot be tiled
+    receptive_field = None  # up-sampling with aligned corners depends on the whole height and width: no tiling
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,10 +134,10 @@ class AttentionUNet(nn.Module):
 
 
 def check_multiple(x: Tensor, stride: int) -> None:
-    """Raises ValueError unless height and width of `x` (N, C, H, W) are multiples of `stride`."""
+    """Raises `ValueError` unless height and width of `x` (N, C, H, W) are multiples of `stride`."""
     height, width = x.shape[-2:]
     if height % stride or width % stride:
-        raise ValueError(f"height and width must be multiples of {stride}, got {height}x{width}; pad the photo")
+        raise ValueError(f"height and width must be multiples of {stride}, got {height}x{width}; pad the image")
 
 
 # the original's names for the same objects
@@ -159,7 +154,7 @@ attention_unet = AttentionUNet
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation around a shortcut: (N, C, H, W) -> the same.
 
-    The convolutions have no bias: batch normalisation removes it. `dilation` widens the second one's view.
+    The convolutions have no bias: batch normalisation removes it. `dilation` is the second one's.
     """
 
     def __init__(self, channels: int, dilation: int = 1, dropout: float = 0.0) -> None:
@@ -176,21 +171,21 @@ class ResidualBlock(nn.Module):
 
 
 class FinePath(nn.Sequential):
-    """Convolutions at full resolution: features (N, F, H, W) and photo (N, 3, H, W) -> logits (N, 1, H, W)."""
+    """Convolutions at full resolution: features (N, F, H, W) and image (N, 3, H, W) -> logits (N, 1, H, W)."""
 
-    def forward(self, features: Tensor, photo: Tensor) -> Tensor:
-        return super().forward(torch.cat([features, photo], dim=1))
+    def forward(self, features: Tensor, image: Tensor) -> Tensor:
+        return super().forward(torch.cat([features, image], dim=1))
 
 
 class FastAttentionUNet(nn.Module):
-    """The original's two attention gates in a network that spends its arithmetic better.
+    """The original's two attention gates in a network that needs a fifth of the arithmetic.
 
     (N, 3, H, W) BGR in [0, 1], H and W multiples of 8 -> logits (N, 1, H, W). What differs from `AttentionUNet`:
 
     - a pixel-unshuffle stem and a pixel-shuffle head: all wide layers work at half the resolution, a quarter of the
       arithmetic, and no pixel is thrown away;
-    - residual blocks, the deepest ones dilated, so a pixel's view is several times wider;
-    - a thin full-resolution path beside the head, which restores edges narrower than two pixels;
+    - residual blocks, the deepest ones dilated: a receptive field several times as wide;
+    - a thin full-resolution path after the head, for edges narrower than two pixels;
     - the gates' query and key are 1x1 convolutions, and most convolutions have no bias where normalisation follows.
 
     Args:
@@ -201,7 +196,7 @@ class FastAttentionUNet(nn.Module):
     """
 
     stride = 8
-    receptive_field = 160  # pixels to either side that a pixel's answer depends on, at most
+    receptive_field = 160  # pixels to either side that a pixel's logit depends on, at most
 
     def __init__(self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1) -> None:
         super().__init__()
@@ -244,129 +239,36 @@ class FastAttentionUNet(nn.Module):
         return y if self.fine is None else self.fine(y, x)  # (N, 1, H, W)
 
 
-# --------------------------------------------------------------------------------------------------- build, save and load
+# ------------------------------------------------------------------------------------------------------- the registry
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {"attention_unet": AttentionUNet, "fast_attention_unet": FastAttentionUNet}
-CHECKPOINT_FORMAT = "retina_seg checkpoint 1"
-MAX_PARAMETERS = 2**28  # a gigabyte; the networks that ship have less than a million
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "attention_unet": AttentionUNet,
+    "fast_attention_unet": FastAttentionUNet,
+}
 
 
 def build_model(name: str = "attention_unet", **arguments: Any) -> nn.Module:
-    """A freshly initialised network of the architecture `name`, with that class's `arguments`.
+    """A freshly initialised network: an entry of `MODELS`, with its `arguments`.
 
-    Raises:
-        UserError: no such architecture, one that does not take these arguments, or would be absurdly large by them.
+    Raises `UserError`: no such network, or one that does not take these arguments.
     """
-    if name not in ARCHITECTURES:
-        raise UserError(f"model {name!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    if name not in MODELS:
+        raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODELS)}")
     try:
-        with torch.device("meta"), warnings.catch_warnings():  # on paper first: no memory, no random number is taken
-            warnings.simplefilter("ignore")  # torch's remark on layers without channels, refused below
-            sizes = [parameter.numel() for parameter in ARCHITECTURES[name](**arguments).parameters()]
-        if 0 in sizes:
-            raise ValueError("a layer would have no channels")
-        if sum(sizes) > MAX_PARAMETERS:
-            raise ValueError(f"it would have {sum(sizes):,} parameters, more than {MAX_PARAMETERS:,}")
-        return ARCHITECTURES[name](**arguments)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"model {name!r} cannot be built with {str(arguments)[:80]}: {str(error)[:160]}") from None
+        return MODELS[name](**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model-arguments {arguments}: {name} does not take them ({error})") from None
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """How many trainable parameters `model` has."""
+    return sum(value.numel() for value in model.parameters() if value.requires_grad)
 
 
-def count_arithmetic(model: nn.Module, height: int, width: int) -> int:
-    """Multiply-adds of a forward pass on one photo (3, height, width): convolutions only, the rest is a few hundredths."""
+def count_macs(model: nn.Module, height: int, width: int) -> int:
+    """Multiply-adds of a forward pass on an image (3, height, width): those of the convolutions, nearly all there are."""
     from torch.utils.flop_counter import FlopCounterMode  # takes a second to import
 
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, height, width))
     return counter.get_total_flops() // 2
-
-
-def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[str, Any], **notes: Any) -> None:
-    """Write weights, and all that is needed to use them, to `path`: whole or not at all.
-
-    Args:
-        name, arguments: what `build_model` took.
-        notes: plain values that travel with the weights: working frame, threshold and where it is from, data, recipe.
-    """
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    checkpoint = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes, "state_dict": weights}
-    # in memory first: torch's writer hides a full disk, or a folder closed to us, behind a RuntimeError of its own
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read `path` without running any code in it: one of our checkpoints, or a plain state dict of the original.
-
-    Returns:
-        The dictionary `save_model` wrote. A plain state dict comes back as the original network's, with "notes" absent.
-
-    Raises:
-        UserError: no such file, no checkpoint, one that would run code, or of a format this version does not know.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        if zipfile.is_zipfile(path):  # as torch writes them since 1.6, never packed
-            with zipfile.ZipFile(path) as archive:
-                if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("it would unpack to more than it is")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on odd files before it refuses them
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler of hostile bytes raises anything
-        raise UserError(
-            f"{path}: is not a checkpoint that can be read safely ({type(error).__name__}); "
-            "give a checkpoint.pth of a run, or a state dict saved by torch.save"
-        ) from None
-    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values()):
-        return {"format": None, "model": "attention_unet", "arguments": {}, "state_dict": checkpoint}
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: is not a checkpoint of this package, nor a plain state dict")
-    needed = {"model": str, "arguments": dict, "state_dict": dict}
-    if not all(isinstance(checkpoint.get(key), kind) for key, kind in needed.items()):
-        raise UserError(f"{path}: the checkpoint is incomplete; it needs {', '.join(needed)}")
-    return checkpoint
-
-
-def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The network in the checkpoint `path`, in evaluation mode on the processor, and the checkpoint without its weights.
-
-    Raises:
-        UserError: as `load_checkpoint`, or weights of another architecture, or weights that are not finite.
-    """
-    checkpoint = load_checkpoint(path)
-    weights = checkpoint.pop("state_dict")
-    claimed = sum(value.numel() * value.element_size() for value in weights.values() if isinstance(value, Tensor))
-    if claimed > Path(path).stat().st_size:
-        raise UserError(f"{path}: claims more weights than it holds; it is damaged or not meant well")
-
-    def filled() -> nn.Module:
-        model = build_model(checkpoint["model"], **checkpoint["arguments"])
-        model.load_state_dict(weights, strict=True)
-        return model
-
-    try:
-        with torch.device("meta"), warnings.catch_warnings():  # on paper first: a small file may ask for gigabytes
-            warnings.simplefilter("ignore")  # torch's remark that nothing is copied
-            filled()
-        model = filled()
-    except (UserError, TypeError) as error:  # arguments whose names no function can have
-        raise UserError(f"{path}: {error}") from None
-    except (RuntimeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[1:2]
-        raise UserError(
-            f"{path}: the weights are of another architecture than {checkpoint['model']} "
-            f"({''.join(first).strip()[:120] or 'keys or shapes differ'})"
-        ) from None
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
-        raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
-    return model.eval(), checkpoint

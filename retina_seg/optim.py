@@ -1,17 +1,21 @@
-"""Muon: gradient descent whose steps turn every direction of a layer's weights by the same amount.
+"""What changes the weights: the Muon optimiser, the EMA of the weights, the learning-rate schedule.
 
-Sources: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024) for the method and the
+Sources of Muon: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024) for the method and the
 coefficients of its iteration; arXiv 2502.16982 for the size of a step, which lets learning rate and weight decay be
-those of AdamW. Deviation: the iteration runs in float32, since these layers are small.
+those of AdamW. Deviation: the iteration runs in float32, since these layers are small. `torch.optim.Muon` takes matrices
+only and refuses the four-dimensional weights of convolutions; hence this one.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from retina_seg.config import TrainConfig
 
 
 def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
@@ -95,3 +99,42 @@ class Muon(torch.optim.Optimizer):
         square = state["square"].lerp_(value.grad.square(), 1 - second)
         root = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
         return mean / (1 - first ** state["step"]) / root
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Muon; or Adam, AdamW where the config decays weights, fused: one pass over each parameter instead of a dozen."""
+    if config.optimizer == "muon":
+        return Muon(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer_class = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+    return optimizer_class(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+class EMA:
+    """The exponential moving average of a network's weights and buffers: a copy that follows it (arXiv 1703.01780).
+
+    Over the first steps the decay is lower, (1 + step) / (10 + step), so that the start is forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights of `model` after its `step`-th step (from 1 on)."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, share)
+            else:
+                mine.copy_(theirs)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float | None) -> float:
+    """The learning rate at `step` of `steps` as a share of its peak: linear up, cosine down; 1 for `warmup` None."""
+    if warmup is None:
+        return 1.0
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -1,126 +1,42 @@
-"""Score a network on a set, and write the numbers and the pictures (the original's `test`).
-
-Protocols:
-
-- "notebook", the original's: photo and label squeezed to 512x512, the whole frame scored, threshold 0.5. The label is
-  cut at 0.5 of its interpolated edges.
-- "native": the probability at the photo's own size against the label as drawn.
-
-Both write the scores over the frame and inside the field of view.
-"""
+"""Score a network on a dataset (the original's `test`): over the frame and in the field of view, by a `Protocol`."""
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import math
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from retina_seg import metrics, visualize
-from retina_seg.data import Augmentation, Pair, augment_colour, list_pairs, load_fov, load_pair, read_mask
-from retina_seg.images import write_picture
-from retina_seg.model import count_parameters, load_checkpoint
-from retina_seg.predict import Segmenter, find_checkpoint
-from retina_seg.utils import (
-    UserError,
-    create_dir,
-    environment,
-    memory_kept,
-    photos_at_once,
-    read_json,
-    side_by_side,
-    write_json,
-    write_text,
-)
-from retina_seg.visualize import mask_parse  # the original's name, importable from here
+from retina_seg import visualize
+from retina_seg.checkpoint import find_weights, load_checkpoint
+from retina_seg.config import TrainConfig
+from retina_seg.data import Pair, list_pairs
+from retina_seg.device import environment, images_at_once
+from retina_seg.images import read_image, write_image
+from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
+from retina_seg.inference.segmenter import Segmenter
+from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
+from retina_seg.model import count_parameters
+from retina_seg.utils import UserError, create_dir, format_number, read_csv, read_json, write_csv, write_json
+from retina_seg.visualize import REGION_NAMES, mask_parse
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
-
-PROTOCOLS = ("notebook", "native")
-NOTEBOOK_SIZE = (512, 512)
 ORIGINAL_FIVE = {"Jaccard": "jaccard", "F1": "f1", "Recall": "recall", "Precision": "precision", "Acc": "accuracy"}
 
 
 def calculate_metrics(y_true: Any, y_pred: Any) -> list[float]:
-    """The original's: [jaccard, f1, recall, precision, accuracy] of both arrays cut at 0.5.
+    """The original's: [jaccard, f1, recall, precision, accuracy] of two tensors or arrays of one size, both cut at 0.5.
 
-    Args:
-        y_true, y_pred: tensors or arrays of one size, values in [0, 1].
-
-    Returns:
-        Five floats in [0, 1]; 0 where a score is undefined, as scikit-learn gives it.
+    Each is in [0, 1]; 0 where it is undefined, as scikit-learn gives it.
     """
-    true, predicted = (
-        np.asarray(y.detach().cpu() if hasattr(y, "detach") else y).reshape(-1) > 0.5 for y in (y_true, y_pred)
-    )
-    counts = metrics.count(true, predicted)
-    values = [metrics.FROM_COUNTS[name](counts) for name in ORIGINAL_FIVE.values()]
-    return [0.0 if math.isnan(value) else value for value in values]
-
-
-class Prepared(NamedTuple):
-    """A pair as a protocol scores it.
-
-    Attributes:
-        photo: (H, W, 3) uint8. label: (H, W) uint8, a vessel where above 127. fov: field of view, (H, W) bool.
-        second: the second observer's mask, (H, W) bool, or None.
-        found: whether `fov` was found in this very photo, as the network's own look for it would.
-    """
-
-    photo: np.ndarray
-    label: np.ndarray
-    fov: np.ndarray
-    second: np.ndarray | None
-    found: bool
-
-
-def prepare_pair(pair: Pair, protocol: str) -> Prepared:
-    """`pair` at its own size ("native"), or squeezed to 512x512 ("notebook").
-
-    Raises:
-        UserError: a file that cannot be read, or sizes that differ.
-    """
-    photo, label = load_pair(pair.image, pair.mask)
-    fov = load_fov(pair, photo)
-    second = None if pair.mask_2nd is None else read_mask(pair.mask_2nd)
-    if second is not None and second.shape != label.shape:
-        raise UserError(f"{pair.mask_2nd}: differs in size from its photo {pair.image}")
-    squeezed = protocol == "notebook" and label.shape != NOTEBOOK_SIZE
-    if squeezed:
-        size = NOTEBOOK_SIZE[::-1]
-        photo, label = cv2.resize(photo, size), cv2.resize(label, size)
-        fov = cv2.resize(fov.astype(np.uint8) * 255, size) > 127
-        second = None if second is None else cv2.resize(second, size)
-    return Prepared(photo, label, fov, None if second is None else second > 127, pair.fov is None and not squeezed)
-
-
-def _recoloured(photo: np.ndarray, draw: tuple[int, int]) -> np.ndarray:
-    """`photo` (H, W, 3) uint8 in the colours of the `draw` (number of the photo, number of the draw)."""
-    rng = np.random.default_rng([7, *draw])
-    return np.rint(augment_colour(photo.astype(np.float32) / 255, Augmentation(), rng) * 255).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """One photo, scored: label (H, W) bool, bins of its probabilities (H, W), region -> mask and scores, error overlay."""
-
-    name: str
-    true: np.ndarray
-    places: np.ndarray
-    masks: dict[str, np.ndarray | None]
-    scores: dict[str, metrics.PhotoScores]
-    second_observer: dict[str, metrics.PhotoScores]
-    seconds: float
-    thumbnail: np.ndarray | None
+    arrays = (np.asarray(y.detach().cpu() if hasattr(y, "detach") else y).reshape(-1) > 0.5 for y in (y_true, y_pred))
+    scores = scores_from_counts(count(*arrays))
+    return [0.0 if math.isnan(scores[name]) else scores[name] for name in ORIGINAL_FIVE.values()]
 
 
 def score_pairs(
@@ -130,92 +46,47 @@ def score_pairs(
     threshold: float | None = None,
     pictures: str | Path | None = None,
     progress: bool = True,
-    recolour: int = 0,
 ) -> dict[str, Any]:
     """Segment and score every pair.
 
     Args:
-        recolour: how many times each photo is scored in the drawn light and colours of other cameras
-            (`data.augment_colour`, its defaults, the same draws every time) instead of once in its own; 0: as it is.
-        threshold: None: 0.5 under "notebook", the segmenter's own under "native".
-        pictures: a folder for the strips (`<name>.png`) and the error overlays (`<name>_errors.png`); None: none.
+        threshold: None: the protocol's own, else the segmenter's.
+        pictures: a folder for strips (`<name>.png`) and error overlays (`<name>_errors.png`); None: none.
 
     Returns:
-        What metrics.json holds (see `metrics`), plus "curves": region -> RankingHistogram, and "sheet": a list of
-        (F1, name, error overlay at most 320 pixels wide) for the contact sheet.
-
-    Raises:
-        UserError: no such protocol, a file that cannot be read, a folder that may not be written to.
+        "frame", "fov", "second_observer" (empty where there is none) and "images" as in metrics.json; "threshold";
+        "seconds", the mean over images; "rankings": region -> `RankingHistogram`. Raises `UserError` as `predict_pairs`.
     """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
-    if threshold is None:
-        threshold = 0.5 if protocol == "notebook" else segmenter.threshold
+    how = get_protocol(protocol)
+    threshold = threshold if threshold is not None else how.threshold or segmenter.threshold
     if not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
-    if not 0 <= recolour <= 100:
-        raise UserError(f"--recolour {recolour}: must lie between 0 and 100")
-    regions = ("frame", "fov")
-    totals = {region: metrics.SetScores() for region in regions}
-    seconds_totals = {region: metrics.SetScores() for region in regions}
-    if pictures is not None:
-        pictures = create_dir(pictures)
-    shown = [(pair, draw) for pair in pairs for draw in (range(recolour) if recolour else (None,))]
+    folder = None if pictures is None else create_dir(pictures)
 
-    def prepared() -> Iterator[tuple]:  # in order, so that a file that cannot be read stops all that come behind it
-        for number, (pair, draw) in enumerate(shown):
-            yield number, pair, draw, prepare_pair(pair, protocol)
+    def score(sample: Sample) -> tuple:
+        predicted, second = sample.probability > threshold, sample.second_observer
+        regions = {"frame": None, "fov": sample.fov}
+        network = score_image(sample.mask, predicted, sample.probability, regions)
+        observer = None if second is None else score_image(sample.mask, second, None, regions)
+        if folder is not None:
+            strip = visualize.strip(sample.image, np.uint8(sample.mask) * 255, np.uint8(predicted) * 255)
+            write_image(folder / f"{sample.name}.png", strip)
+            errors = visualize.error_overlay(sample.image, sample.mask, predicted, regions[how.region])
+            write_image(folder / f"{sample.name}_errors.png", errors)
+        row = {"name": sample.name, **{region: network[region].scores for region in regions}, "seconds": sample.seconds}
+        return row, network, observer
 
-    def one(item: tuple) -> _Scored:
-        number, pair, draw, (photo, label, fov, second, found) = item
-        name = pair.name
-        if draw is not None:
-            found = False  # in the photo's own colours
-            name, photo = f"{name}-colours-{draw + 1}", _recoloured(photo, (number // recolour, draw))
-        start = time.perf_counter()
-        try:  # the original's protocol keeps what the network says of the black surround
-            probability = segmenter(photo, fov if found else None, everywhere=protocol == "notebook")
-        except UserError as error:
-            raise UserError(f"{pair.image}: {error}") from None
-        seconds = time.perf_counter() - start
-        true, predicted, masks = label > 127, probability > threshold, {"frame": None, "fov": fov}
-        scores = metrics.score_photo(true, predicted, probability, masks)
-        others = {} if second is None else metrics.score_photo(true, second, None, masks)
-        thumbnail = None
-        if pictures is not None:
-            line = visualize.strip(photo, label, (predicted * 255).astype(np.uint8))
-            stem = os.fsencode(name)  # file systems take 255 bytes: leave room for what comes behind
-            stem = name if len(stem) <= 200 else f"{os.fsdecode(stem[:190])}-{number + 1}"
-            write_picture(pictures / f"{stem}.png", line)
-            errors = visualize.error_overlay(photo, true, predicted, None if protocol == "notebook" else fov)
-            write_picture(pictures / f"{stem}_errors.png", errors)
-            thumbnail = visualize.shrink(errors, 320)
-        places = metrics.RankingHistogram.places(probability)
-        return _Scored(name, true, places, masks, scores, others, seconds, thumbnail)
-
-    rows, sheet = [], []
-    done = side_by_side(one, prepared(), segmenter.device)
-    with memory_kept():
-        for photo in tqdm(done, desc="testing", unit="photo", total=len(shown), disable=not progress):
-            for region, mask in photo.masks.items():
-                totals[region].add(photo.scores[region], photo.true, photo.places, mask)
-                if photo.second_observer:
-                    seconds_totals[region].add(photo.second_observer[region], photo.true, None, mask)
-            values = {region: photo.scores[region].scores for region in regions}
-            rows.append({"name": photo.name, **values, "seconds": photo.seconds})
-            if photo.thumbnail is not None:
-                sheet.append((values["frame"]["f1"], photo.name, photo.thumbnail))
-    result: dict[str, Any] = {region: totals[region].summary() for region in regions}
-    if seconds_totals["frame"].photos:
-        result["second_observer"] = {region: seconds_totals[region].summary() for region in regions}
-        result["second_observer"]["photos"] = len(seconds_totals["frame"].photos)
-    result |= {
-        "images": rows,
-        "threshold": threshold,
-        "seconds": float(np.mean([row["seconds"] for row in rows])),
-        "curves": {region: totals[region].ranking for region in regions},
-        "sheet": sheet,
-    }
+    scored = predict_pairs(segmenter, pairs, how, score)
+    rows, network, observer = zip(*tqdm(scored, "testing", len(pairs), unit="image", disable=not progress), strict=True)
+    result: dict[str, Any] = {"images": list(rows), "threshold": threshold, "rankings": {}, "second_observer": {}}
+    result["seconds"] = float(np.mean([row["seconds"] for row in rows]))
+    observer = [scores for scores in observer if scores is not None]
+    for region in REGION_NAMES:
+        scores = SetScores([scores[region] for scores in network])
+        result[region], result["rankings"][region] = scores.summary(), scores.ranking
+        if observer:
+            result["second_observer"][region] = SetScores([scores[region] for scores in observer]).summary()
+            result["second_observer"]["images"] = len(observer)
     return result
 
 
@@ -228,162 +99,103 @@ def test(
     part: str = "test",
     progress: bool = True,
     pictures: bool = True,
-    recolour: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score `checkpoint` on one part of the set at `data` and write to `output`: metrics.json, metrics.csv, and pictures.
-
-    Pictures: `images/` (a strip and an error overlay a photo), `contact_sheet.png` (worst photo first), `curves_test.png`
-    (ROC and precision-recall).
+    """Score `checkpoint` on one part of the dataset at `data`; writes metrics.json (returned), metrics.csv, pictures.
 
     Args:
-        checkpoint: as `Segmenter.load` takes it. options: as `Segmenter` takes them; precision float32 unless given,
-            so that scores are the same on every machine.
-        part: "test", or "validation": the training photos that the run `checkpoint` held out.
-        recolour: as `score_pairs` takes it.
+        checkpoint, options: as `Segmenter.load` takes them; precision float32 unless given, for the same scores everywhere.
+        part: "test", or "validation": the training images that the run `checkpoint` held out.
+        pictures: whether to write `images/`, `contact_sheet.png` (worst image first) and `curves_test.png`.
 
-    Returns:
-        What metrics.json holds.
-
-    Raises:
-        UserError: as `Segmenter.load`, `list_pairs` and `score_pairs`; `output` holds the scores of other photos or
-            another protocol; the run held out no photos.
+    Raises `UserError` as `Segmenter.load`, `list_pairs`, `held_out_pairs`, `score_pairs`; `output` holds other scores.
     """
-    path = find_checkpoint(checkpoint)
-    segmenter = Segmenter.load(path, **{"precision": "float32", **options})
-    notes = {key: value for key, value in load_checkpoint(path).items() if key != "state_dict"}
-    pairs = list_pairs(data, part) if part != "validation" else held_out_pairs(checkpoint, data)
-    working_size = options.get("working_size")
-    what = {
-        "name": protocol,
-        "data": str(data),
-        "part": part,
-        "flips": segmenter.flips,
-        **({"working_size": working_size} if working_size else {}),
-        **({"recolour": recolour} if recolour else {}),
-    }
-    _refuse_other_scores(Path(output) / "metrics.json", what)
-    output = create_dir(output)
-    result = score_pairs(
-        segmenter, pairs, protocol, threshold, output / "images" if pictures else None, progress, recolour
-    )
-    given = threshold is not None
-    default_from = "fixed" if protocol == "notebook" else notes.get("threshold_from", "fixed")
-    value = {
-        "protocol": {
-            **what,
-            "size": "512x512" if protocol == "notebook" else "native",
-            "threshold": result["threshold"],
-            "threshold_from": "given" if given else default_from,
-            "selected_on": notes.get("selected_on", "unknown"),
-            "photos": len(result["images"]),
-        },
-        "model": {
-            "name": notes["model"],
-            "parameters": count_parameters(segmenter.model),
-            "checkpoint": str(checkpoint),
-            "frame": segmenter.frame,
-        },
-        **{key: result[key] for key in ("frame", "fov", "second_observer") if key in result},
-        "images": result["images"],
-        "speed": {
-            "images_per_second": photos_at_once(segmenter.device) / result["seconds"],
-            **{k: v for k, v in environment(segmenter.device, segmenter.precision).items() if k != "packages"},
-        },
-    }
-    write_json(output / "metrics.json", value)
-    write_csv(output / "metrics.csv", result["images"])
+    path, how, folder = find_weights(checkpoint), get_protocol(protocol), Path(output)
+    segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
+    pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
+    what = {"name": protocol, "data": str(data), "part": part}
+    what |= {"tta": segmenter.tta, "working_size": options.get("working_size")}
+    there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what
+    if not isinstance(there, dict) or any(there.get(key) != value for key, value in what.items()):
+        raise UserError(f"{folder / 'metrics.json'}: holds other scores; choose another --output")
+    create_dir(folder)
+    result = score_pairs(segmenter, pairs, protocol, threshold, folder / "images" if pictures else None, progress)
+    given = "given" if threshold is not None else "fixed" if how.threshold else notes.get("threshold_from", "fixed")
+    what |= {"size": f"{how.size[1]}x{how.size[0]}" if how.size else "native", "threshold": result["threshold"]}
+    what |= {"threshold_from": given, "selected_on": notes.get("selected_on", "unknown"), "images": len(pairs)}
+    model = {"name": notes["model"], "parameters": count_parameters(segmenter.model), "checkpoint": str(checkpoint)}
+    model |= {"epoch": notes.get("epoch"), "unfinished": _unfinished(path.parent), "frame": segmenter.frame.to_dict()}
+    speed = {"images_per_second": images_at_once(segmenter.device) / result["seconds"]}
+    speed |= environment(segmenter.device, segmenter.precision)
+    scores = {key: result[key] for key in ("frame", "fov", "second_observer", "images") if result[key]}
+    value = {"protocol": what, "model": model, **scores, "speed": speed}
+    write_json(folder / "metrics.json", value)
+    columns = {f"{region}_{score}": (region, score) for region in REGION_NAMES for score in SCORES}
+    rows = [row | {key: row[region][score] for key, (region, score) in columns.items()} for row in result["images"]]
+    write_csv(folder / "metrics.csv", ["name", *columns, "seconds"], rows)
     if pictures:
-        worst_first = sorted(result["sheet"], key=lambda item: -1 if math.isnan(item[0]) else item[0])
-        captions = [f"{name}  F1 {score:.4f}" for score, name, _ in worst_first]
-        write_picture(output / "contact_sheet.png", visualize.contact_sheet([p for _, _, p in worst_first], captions))
-        visualize.save_figure(output / "curves_test.png", visualize.ranking_curves(result["curves"]))
+        rows.sort(key=lambda row: -1 if math.isnan(row["frame_f1"]) else row["frame_f1"])
+        errors = (read_image(folder / "images" / f"{row['name']}_errors.png") for row in rows)
+        captions = [f"{row['name']}  F1 {row['frame_f1']:.4f}" for row in rows]
+        write_image(folder / "contact_sheet.png", visualize.contact_sheet(errors, captions))
+        visualize.save_figure(folder / "curves_test.png", visualize.ranking_curves(result["rankings"]))
     return value
 
 
-def default_output(
-    run: str | Path, protocol: str, part: str, flips: bool = False, working_size: int | None = None, recolour: int = 0
-) -> Path:
-    """The folder for the scores of `run`: its own for the original's protocol on test photos, else one inside it."""
-    below = [name for name, usual in ((part, "test"), (protocol, "notebook")) if name != usual]
-    below += ["flips"] if flips else []
-    below += [str(working_size)] if working_size else []
-    below += ["recoloured"] if recolour else []
-    return Path(run, "-".join(below))
+def default_output(run: str | Path, protocol: str, part: str, tta: bool, working_size: int | None) -> Path:
+    """The folder for the scores of `run`: its own for the original's protocol on test images, else one inside it."""
+    unusual = {part: part != "test", protocol: protocol != "notebook", "tta": tta, str(working_size): working_size}
+    return Path(run, "-".join(name for name, here in unusual.items() if here))
 
 
 def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
-    """The training photos at `data` that the training in the folder `run` held out.
-
-    Raises:
-        UserError: `run` is no such folder, or held out none, or `data` lacks one of them.
-    """
-    config = read_json(Path(run) / "config.json")
-    names, recipe = config.get("validation"), config.get("recipe")
-    if not isinstance(recipe, dict) or not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{Path(run) / 'config.json'}: does not say what was held out; give the folder of a run")
-    pairs = {pair.name: pair for pair in list_pairs(data, "train")}
-    if not names or recipe.get("validation") != "photos":
-        raise UserError(f"{run}: held out no training photos; train with --validation photos")
-    if missing := [name for name in names if name not in pairs]:
-        raise UserError(
-            f"{data}: has no training photo {missing[0]}, which {run} held out; give the set it was trained on"
-        )
-    return [pairs[name] for name in names]
+    """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
+    path = Path(run) / "config.json"
+    names = read_json(path).get("validation")
+    if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
+        raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
+    pairs = [pair for pair in list_pairs(data, "train") if pair.name in names]
+    if len(pairs) < len(names):
+        raise UserError(f"{data}: lacks training images that {run} held out; give the dataset it was trained on")
+    return pairs
 
 
-def _refuse_other_scores(path: Path, what: dict[str, Any]) -> None:
-    """Scores of the same photos and protocol may be taken anew; others are not lost by it."""
-    if not path.exists():
-        return
-    there = read_json(path).get("protocol")
-    if not isinstance(there, dict) or any(
-        there.get(key) != what.get(key) for key in (*what, "working_size", "recolour")
-    ):
-        held = f"{there.get('name')} on {there.get('data')}" if isinstance(there, dict) else "something else"
-        raise UserError(f"{path}: holds other scores ({held}); choose another --output")
-
-
-def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a row a photo: name, every score in both regions, seconds; what is undefined is left empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [(region, name) for region in ("frame", "fov") for name in metrics.SCORES]
-    writer.writerow(["name", *(f"{region}_{name}" for region, name in columns), "seconds"])
-    for row in rows:
-        values = [row[region][name] for region, name in columns]
-        shown = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
-        writer.writerow([row["name"], *shown, f"{row['seconds']:.4f}"])
-    write_text(path, text.getvalue())
+def _unfinished(run: Path) -> str | None:
+    """What the training in the folder `run` did, such as "6 of 10 epochs"; None where it is finished or not known."""
+    with contextlib.suppress(UserError):  # weights alone, or a run of another version
+        planned, done = TrainConfig.from_json(run / "config.json").epochs, len(read_csv(run / "history.csv", ["epoch"]))
+        return f"{done} of {planned} epochs" if done < planned else None
+    return None
 
 
 def original_lines(value: dict[str, Any]) -> list[str]:
     """The original's two lines: its five scores over the frame, and images a second."""
     mean = value["frame"]["mean"]
-    five = " - ".join(f"{shown}: {_number(mean[name])}" for shown, name in ORIGINAL_FIVE.items())
+    five = " - ".join(f"{shown}: {format_number(mean[name])}" for shown, name in ORIGINAL_FIVE.items())
     return [five, f"FPS: {value['speed']['images_per_second']:.3f}"]
 
 
 def table(value: dict[str, Any]) -> str:
     """The scores of metrics.json as a table for people: a row a region (and observer), a column a score."""
-    rows = [("network, frame", value["frame"]), ("network, field of view", value["fov"])]
-    if "second_observer" in value:
-        for region, shown in (("frame", "frame"), ("fov", "field of view")):
-            rows.append((f"2nd observer, {shown}", value["second_observer"][region]))
     short = {"average_precision": "avg prec", "specificity": "specif", "precision": "precis", "accuracy": "accur"}
-    lines = [" " * 24 + "".join(f"{short.get(name, name):>9}" for name in metrics.SCORES)]
-    for title, scores in rows:
-        lines.append(f"{title:<24}" + "".join(f"{_number(scores['mean'][name]):>9}" for name in metrics.SCORES))
-    low, high = value["fov"]["ci95"]["f1"]
-    protocol = value["protocol"]
-    lines.append(
-        f"means over {protocol['photos']} photos, {protocol['size']}, threshold {protocol['threshold']:.2f} "
-        f"({protocol['threshold_from']}); F1 in the field of view: 95 % interval {_number(low)} to {_number(high)}"
-    )
+    lines = [" " * 28 + "".join(f"{short.get(name, name):>9}" for name in SCORES)]
+    for who, scores in (("network", value), ("2nd observer", value.get("second_observer"))):
+        for region, shown in REGION_NAMES.items() if scores else ():
+            numbers = "".join(f"{format_number(scores[region]['mean'][name]):>9}" for name in SCORES)
+            lines.append(f"{who + ', ' + shown:<28}{numbers}")
+    protocol, interval = value["protocol"], " to ".join(map(format_number, value["fov"]["ci95"]["f1"]))
+    how = f"{protocol['size']}, threshold {protocol['threshold']:.2f} ({protocol['threshold_from']})"
+    lines.append(f"means over {protocol['images']} images, {how}; F1 in the field of view: 95 % interval {interval}")
     if protocol["selected_on"] == "test":
-        lines.append("note: the epoch was chosen on the test photos, as in the original: these scores are optimistic")
+        lines.append("note: the epoch was chosen on the test images, as in the original: these scores are optimistic")
+    if value["model"].get("unfinished"):
+        lines.append(f"note: the training is not finished: {value['model']['unfinished']}")
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+class _CallableModule(type(sys)):
+    __call__ = staticmethod(test)
+
+
+# once anything has imported this module, `from retina_seg import test` gives the module, not its function
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,23 +1,22 @@
-"""The drawing room: strips, error overlays, curves, sheets, tables of lines. Arrays in, pictures out; nothing is scored.
-
-Colours of an error overlay: right (true positive) green, missed (false negative) blue, invented (false positive) red.
-"""
+"""Strips, overlays, contact sheets and figures, from arrays and tables; nothing is scored here."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from retina_seg.utils import whole_file
+from retina_seg.utils import atomic_write
 
 REGION_NAMES = {"frame": "whole frame", "fov": "field of view"}
-RIGHT, MISSED, INVENTED = (0, 170, 80), (40, 110, 255), (235, 50, 50)
+SCREEN_DPI = 72  # of figures that show images: a committed notebook has to stay small
+# light grey, sky blue, orange: told apart with every kind of colour blindness
+TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (235, 235, 235), (86, 180, 233), (240, 120, 20)
 
 
 def mask_parse(mask: np.ndarray) -> np.ndarray:
@@ -25,83 +24,68 @@ def mask_parse(mask: np.ndarray) -> np.ndarray:
     return np.repeat(mask[:, :, None], 3, axis=2)
 
 
-def strip(photo: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The original's strip: photo | 10 px of grey 128 | mask | 10 px of grey 128 | prediction.
+def strip(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The original's strip, (H, 3 W + 20, 3) uint8 RGB: image | 10 px of grey 128 | mask | 10 px of grey 128 | prediction.
 
     Args:
-        photo: (H, W, 3) uint8 RGB. mask, prediction: (H, W) uint8, 0 to 255.
-
-    Returns:
-        (H, 3 W + 20, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB. mask, prediction: (H, W) uint8, 0 to 255.
     """
-    line = np.full((photo.shape[0], 10, 3), 128, np.uint8)
-    return np.concatenate([photo, line, mask_parse(mask), line, mask_parse(prediction)], axis=1)
+    line = np.full((image.shape[0], 10, 3), 128, np.uint8)
+    return np.concatenate([image, line, mask_parse(mask), line, mask_parse(prediction)], axis=1)
 
 
 def error_overlay(
-    photo: np.ndarray, mask: np.ndarray, prediction: np.ndarray, fov: np.ndarray | None = None
+    image: np.ndarray, mask: np.ndarray, predicted: np.ndarray, fov: np.ndarray | None = None
 ) -> np.ndarray:
-    """Right, missed and invented vessels in colours over the photo, greyed.
+    """True positives, false negatives and false positives in their colours on the image in dark grey, (H, W, 3) uint8 RGB.
 
     Args:
-        photo: (H, W, 3) uint8 RGB. mask, prediction, fov: (H, W) bool; outside `fov` nothing is coloured.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB. mask, predicted, fov: (H, W) bool; outside `fov` nothing is coloured.
     """
-    inside = np.ones(mask.shape, bool) if fov is None else fov
-    picture = mask_parse(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY) // 2)
-    for chosen, colour in (
-        (mask & prediction, RIGHT),
-        (mask & ~prediction, MISSED),
-        (~mask & prediction, INVENTED),
-    ):
-        picture[chosen & inside] = colour
-    return picture
+    inside = np.ones_like(mask) if fov is None else fov
+    overlay = mask_parse(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) // 2)
+    overlay[mask & predicted & inside] = TRUE_POSITIVE
+    overlay[mask & ~predicted & inside] = FALSE_NEGATIVE
+    overlay[~mask & predicted & inside] = FALSE_POSITIVE
+    return overlay
 
 
-def vessel_overlay(photo: np.ndarray, vessels: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """The photo (H, W, 3) uint8 RGB with `vessels` (H, W) bool tinted green; the same shape."""
-    picture = photo.copy()
+def vessel_overlay(image: np.ndarray, vessels: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """The image (H, W, 3) uint8 RGB with `vessels` (H, W) bool tinted green; the same shape."""
+    overlay = image.copy()
     tint = np.array((0, 255, 120), np.float32)
-    picture[vessels] = (photo[vessels] * (1 - opacity) + tint * opacity).astype(np.uint8)
-    return picture
+    overlay[vessels] = (image[vessels] * (1 - opacity) + tint * opacity).astype(np.uint8)
+    return overlay
 
 
-def shrink(picture: np.ndarray, width: int) -> np.ndarray:
-    """The picture (H, W[, 3]) uint8 scaled down to `width` pixels, its shape kept; as it is where it is narrower."""
-    if picture.shape[1] <= width:
-        return picture
-    return cv2.resize(
-        picture, (width, max(1, round(picture.shape[0] * width / picture.shape[1]))), interpolation=cv2.INTER_AREA
-    )
+def shrink(image: np.ndarray, width: int) -> np.ndarray:
+    """The image (H, W[, 3]) uint8 scaled down to `width` pixels, aspect ratio kept; as it is where it is narrower."""
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    return image if image.shape[1] <= width else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def contact_sheet(
-    pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, width: int = 320
+    images: Iterable[np.ndarray], captions: Sequence[str], columns: int = 4, width: int = 320
 ) -> np.ndarray:
-    """Pictures (H, W, 3) uint8 in a grid, each scaled to `width` pixels with its caption above: (H', W', 3) uint8."""
+    """Images (H, W, 3) uint8 in a grid, each scaled to `width` pixels, its caption above: (H', W', 3) uint8."""
     import torch
     from torchvision.utils import make_grid
 
     tiles = []
-    height = max(shrink(picture, width).shape[0] for picture in pictures)
-    for picture, caption in zip(pictures, captions, strict=True):
-        small = shrink(picture, width)
+    images = [shrink(image, width) for image in images]
+    height = max(image.shape[0] for image in images)
+    for image, caption in zip(images, captions, strict=True):
         tile = np.full((height + 24, width, 3), 255, np.uint8)
-        tile[24 : 24 + small.shape[0], : small.shape[1]] = small
+        tile[24 : 24 + image.shape[0], : image.shape[1]] = image
         cv2.putText(tile, short(caption), (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
         tiles.append(torch.from_numpy(tile).permute(2, 0, 1))
     grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
-    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())
-
-
-# -------------------------------------------------------------------------------------------------------------- figures
+    return grid.permute(1, 2, 0).contiguous().numpy()
 
 
 def save_figure(path: str | Path, figure: Any) -> None:
     """Write a matplotlib figure to `path` (PNG), whole or not at all."""
-    with whole_file(path) as temporary, warnings.catch_warnings():
+    with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a run may be called in any alphabet
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
 
@@ -118,17 +102,22 @@ def new_figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tup
     return figure, axes
 
 
+def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
+    """Write `curves` to `path`."""
+    save_figure(path, curves(history, best))
+
+
 def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
-    """Losses, and F1 where it was measured, by epoch, the kept epoch marked: a matplotlib figure."""
+    """Losses, and F1 where it was measured, by epoch, the kept epoch `best` marked: a matplotlib figure."""
     epochs = [row["epoch"] for row in history]
     validated = any(math.isfinite(row["validation_loss"]) for row in history)
     figure, axes = new_figure(2 if validated else 1)
-    marker = "o" if len(epochs) < 30 else None
-    axes[0].plot(epochs, [row["train_loss"] for row in history], marker=marker, ms=3, label="training")
+    style = {"marker": "o" if len(epochs) < 30 else None, "ms": 3}
+    axes[0].plot(epochs, [row["train_loss"] for row in history], label="training", **style)
     if validated:
-        axes[0].plot(epochs, [row["validation_loss"] for row in history], marker=marker, ms=3, label="validation")
-        axes[1].plot(epochs, [row["validation_f1"] for row in history], marker=marker, ms=3, color="C1")
-        axes[1].set(xlabel="epoch", ylabel="F1 on the validation photos", ylim=(0, 1))
+        axes[0].plot(epochs, [row["validation_loss"] for row in history], label="validation", **style)
+        axes[1].plot(epochs, [row["validation_f1"] for row in history], color="C1", **style)
+        axes[1].set(xlabel="epoch", ylabel="F1 on the validation images", ylim=(0, 1))
     axes[0].set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     for axis in axes if best else ():
         axis.axvline(best, color="0.5", lw=1, ls="--", label="kept")
@@ -139,12 +128,9 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
 def progress_chart(
     histories: dict[str, Sequence[dict[str, float]]], goal: float | None = None, lowest: float = 0.0
 ) -> Any:
-    """F1 on the validation photos by minutes of training, a line a run: a matplotlib figure.
+    """F1 on the validation images by minutes of training, a line a run (name -> rows of history.csv): a matplotlib figure.
 
-    Args:
-        histories: a run's name -> its rows, as in history.csv.
-        goal: an F1 to mark by a dashed line.
-        lowest: where the axis of F1 begins; above 0 it ends at the highest F1.
+    `goal` is an F1 to mark. The axis of F1 begins at `lowest`; above 0 it ends at the highest F1, else at 1.
     """
     figure, (axis,) = new_figure(width=6.4)
     for name, history in histories.items():
@@ -152,69 +138,50 @@ def progress_chart(
         axis.plot(minutes, [row["validation_f1"] for row in history], marker="o", ms=3, label=name)
     if goal is not None:
         axis.axhline(goal, color="0.5", lw=1, ls="--", label=f"F1 {goal}")
-    axis.set(
-        xlabel="minutes", ylabel="F1 on the validation photos", xlim=(0, None), ylim=(lowest, None if lowest else 1)
-    )
+    ylim = (lowest, None if lowest else 1)
+    axis.set(xlabel="minutes", ylabel="F1 on the validation images", xlim=(0, None), ylim=ylim)
     axis.legend(frameon=False, loc="lower right")
     return figure
 
 
-def threshold_chart(
-    thresholds: np.ndarray, scores: dict[str, np.ndarray], marks: dict[str, float], title: str = ""
-) -> Any:
-    """Scores by threshold, a line a score, with the thresholds in `marks` (label -> threshold) upright: a matplotlib figure."""
+def threshold_chart(thresholds: np.ndarray, scores: dict[str, np.ndarray], marks: dict[str, float], title: str) -> Any:
+    """Scores by threshold, a line a score, the thresholds in `marks` (name -> threshold) upright: a matplotlib figure."""
     figure, (axis,) = new_figure(width=8.4)
     for name, values in scores.items():
         axis.plot(thresholds, values, label=name)
-    for number, (label, place) in enumerate(marks.items()):
-        axis.axvline(place, color="0.4", lw=1, ls=("--", ":")[number % 2], label=label)
+    for style, (name, place) in zip(("--", ":"), marks.items(), strict=False):
+        axis.axvline(place, color="0.4", lw=1, ls=style, label=name)
     lowest = min(float(np.nanmin(values[20:80])) for values in scores.values())
-    axis.set(
-        xlabel="threshold", ylabel="mean over photos", xlim=(0, 1), ylim=(np.floor(lowest * 20) / 20, 1), title=title
-    )
+    ylim = (np.floor(lowest * 20) / 20, 1)
+    axis.set(xlabel="threshold", ylabel="mean over images", xlim=(0, 1), ylim=ylim, title=title)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
 def ranking_curves(rankings: dict[str, Any]) -> Any:
-    """Pooled ROC and precision-recall curves, one line a region: a matplotlib figure.
-
-    Args:
-        rankings: region -> `metrics.RankingHistogram`.
-    """
+    """Pooled ROC and precision-recall curves, a line a region (region -> `RankingHistogram`): a matplotlib figure."""
     figure, axes = new_figure(2, height=4.2)
     for region, ranking in rankings.items():
-        found, invented = ranking.rates()
-        if not found[-1] or not invented[-1]:
+        tp, fp = ranking.rates()
+        if not tp[-1] or not fp[-1]:
             continue
-        # a few hundred points draw the same line as 65,537
-        keep = np.unique(np.linspace(0, len(found) - 1, 2000).astype(int))
-        tp, fp = found[keep], invented[keep]
-        axes[0].plot(fp / fp[-1], tp / tp[-1], label=f"{REGION_NAMES[region]}, AUC {ranking.auc():.4f}")
-        called = np.maximum(tp + fp, 1)
-        shown = tp > 0
-        score = ranking.average_precision()
-        axes[1].plot(
-            (tp / tp[-1])[shown], (tp / called)[shown], label=f"{REGION_NAMES[region]}, average precision {score:.4f}"
-        )
-    axes[0].set(xlabel="false positive rate", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), title="ROC, pixels pooled")
-    axes[1].set(
-        xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), title="precision and recall, pixels pooled"
-    )
+        area, average = ranking.scores()
+        axes[0].plot(fp / fp[-1], tp / tp[-1], label=f"{REGION_NAMES[region]}, AUC {area:.4f}")
+        tp, fp = tp[tp > 0], fp[tp > 0]
+        axes[1].plot(tp / tp[-1], tp / (tp + fp), label=f"{REGION_NAMES[region]}, average precision {average:.4f}")
+    axes[0].set(xlabel="false positive rate", ylabel="recall", title="ROC, pixels pooled")
+    axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall, pixels pooled")
     for axis, place in zip(axes, ("lower right", "lower left"), strict=True):
+        axis.set(xlim=(0, 1), ylim=(0, 1.01))
         if axis.lines:
             axis.legend(frameon=False, loc=place)
     return figure
 
 
 def comparison(titles: Sequence[str], values: Sequence[dict[str, Any]]) -> Any:
-    """F1 of each run, photo by photo and as mean with its 95 % interval, in both regions: a matplotlib figure.
-
-    Args:
-        titles: the runs' names. values: what their metrics.json hold.
-    """
+    """F1 by image, and its mean with 95 % interval, of runs (what metrics.json holds) in both regions: a matplotlib figure."""
     figure, axes = new_figure(2, width=1.5 + 1.1 * len(titles), height=4.2)
-    for axis, region, heading in zip(axes, *zip(*REGION_NAMES.items(), strict=True), strict=True):
+    for axis, (region, heading) in zip(axes, REGION_NAMES.items(), strict=True):
         for place, value in enumerate(values):
             scores = np.array([image[region]["f1"] for image in value["images"]], float)
             # spread sideways by rank, so that no dot hides another
@@ -230,88 +197,61 @@ def comparison(titles: Sequence[str], values: Sequence[dict[str, Any]]) -> Any:
 
 
 def short(title: str, length: int = 40) -> str:
-    """A file's or folder's name as a picture can show it: printable, its middle left out where it is too long."""
+    """A file's or folder's name as an image can show it: printable, its middle left out where it is too long."""
     title = "".join(letter if letter.isprintable() else "?" for letter in title)
     return title if len(title) <= length else f"{title[: length // 2 - 3]}...{title[-(length // 2) :]}"
 
 
-def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
-    """Write `curves` to `path`."""
-    save_figure(path, curves(history, best))
-
-
-# -------------------------------------------------------------------------------------------------- figures for notebooks
-
-SCREEN_DPI = 72  # of the figures that show pictures: a committed notebook has to stay small
-
-
 def from_tensor(tensor: Any) -> np.ndarray:
-    """What a data set gives, as a picture: (3, H, W) float BGR in [0, 1] -> (H, W, 3) uint8 RGB; (1, H, W) -> (H, W)."""
+    """An item of a dataset as an image: (3, H, W) float BGR in [0, 1] -> (H, W, 3) uint8 RGB; (1, H, W) -> (H, W)."""
     values = np.rint(np.asarray(tensor) * 255).astype(np.uint8)
     return values[0] if len(values) == 1 else np.ascontiguousarray(values[::-1].transpose(1, 2, 0))
 
 
 def gallery(
-    pictures: Sequence[np.ndarray],
-    titles: Sequence[str],
-    columns: int = 4,
-    width: int = 200,
-    colours: bool = False,
+    images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4, width: int = 200, colours: bool = False
 ) -> Any:
-    """Pictures in rows with a title above each: a matplotlib figure.
+    """Images in rows with a title above each: a matplotlib figure.
 
     Args:
-        pictures: (H, W, 3) uint8 RGB, or (H, W): uint8, bool, or float in [0, 1]; of about the same shape.
-        titles: one a picture.
-        width: of a picture on the screen, pixels.
+        images: (H, W, 3) uint8 RGB, or (H, W): uint8, bool, or float in [0, 1]; of about the same shape.
+        width: of an image on the screen, pixels.
         colours: whether a legend names the colours of `error_overlay`.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    height = width * max(picture.shape[0] / picture.shape[1] for picture in pictures) + 24
-    size = (columns * (width + 8), rows * (height + 8) + 30 * colours)
-    figure = Figure(figsize=[side / SCREEN_DPI for side in size], dpi=SCREEN_DPI, layout="constrained")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    height = width * max(image.shape[0] / image.shape[1] for image in images) + 24
+    size = (columns * (width + 8) / SCREEN_DPI, (rows * (height + 8) + 30 * colours) / SCREEN_DPI)
+    figure = Figure(figsize=size, dpi=SCREEN_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=4 / SCREEN_DPI, h_pad=4 / SCREEN_DPI, wspace=0, hspace=0)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
-    for axis, (picture, title) in zip(axes, zip(pictures, titles, strict=True), strict=False):
-        bright = 255 if picture.dtype == np.uint8 else 1
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=bright)
+    for axis, (image, title) in zip(axes, zip(images, titles, strict=True), strict=False):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
         axis.set_title(title, fontsize=11)
     if colours:
-        named = {"right": RIGHT, "missed": MISSED, "invented": INVENTED}
-        patches = [Patch(color=np.array(colour) / 255, label=name) for name, colour in named.items()]
+        named = {"true positive": TRUE_POSITIVE, "false negative": FALSE_NEGATIVE, "false positive": FALSE_POSITIVE}
+        patches = [Patch(fc=np.array(colour) / 255, ec="0.5", label=name) for name, colour in named.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=12)
     return figure
 
 
-def heat_maps(picture: np.ndarray, title: str, maps: dict[str, np.ndarray], width: int = 190) -> Any:
-    """A picture, then maps of it in colours, each with its own scale beside it: a matplotlib figure.
+def heat_maps(image: np.ndarray, title: str, maps: dict[str, np.ndarray], width: int = 190) -> Any:
+    """An image (H, W, 3) uint8 RGB, then `maps` (title -> (h, w) float) of it in colours: a `gallery` of one row.
 
-    Args:
-        picture: (H, W, 3) uint8 RGB, and its title.
-        maps: title -> (h, w) float; the scale runs over the middle 98 % of its values.
-        width: of a picture on the screen, pixels.
+    A map's colours run over the middle 98 % of its values, which stand in its title.
     """
-    from matplotlib.figure import Figure
-
-    size = ((len(maps) + 1) * (width + 40), width * picture.shape[0] / picture.shape[1] + 30)
-    figure = Figure(figsize=[side / SCREEN_DPI for side in size], dpi=SCREEN_DPI, layout="constrained")
-    first, *axes = figure.subplots(1, len(maps) + 1)
-    first.imshow(picture)
-    first.set_title(title, fontsize=11)
-    first.set_axis_off()
-    for axis, (name, values) in zip(axes, maps.items(), strict=True):
+    images, titles = [image], [title]
+    for name, values in maps.items():
         low, high = np.percentile(values, [1, 99])
-        shown = axis.imshow(values, cmap="magma", vmin=low, vmax=high)
-        axis.set_title(name, fontsize=11)
-        axis.set_axis_off()
-        figure.colorbar(shown, ax=axis, shrink=0.8)
-    return figure
+        level = np.clip((values - low) / max(high - low, 1e-12) * 255, 0, 255).astype(np.uint8)
+        images.append(cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB))
+        titles.append(f"{name}\n{low:.2g} to {high:.2g}")
+    return gallery(images, titles, columns=len(images), width=width)
 
 
 def line_chart(x: Sequence[float], named: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> Any:

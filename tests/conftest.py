@@ -8,10 +8,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of the public sets (Data1, DRIVE, CHASE_DB1, LES-AV), named by RETINA_SEG_DATA."""
+    """The folder of the public datasets (Data1, DRIVE, CHASE_DB1, LES-AV), named by RETINA_SEG_DATA."""
     folder = os.environ.get("RETINA_SEG_DATA")
     if not folder:
-        pytest.skip("RETINA_SEG_DATA names no folder with the public sets")
+        pytest.skip("RETINA_SEG_DATA names no folder with the public datasets")
     if not Path(folder).is_dir():
         pytest.fail(f"RETINA_SEG_DATA={folder} is no folder")
     return Path(folder)
@@ -19,8 +19,8 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic set in the Data1 layout: four training and two test photos of 96x96. Read only."""
-    from retina_seg.synthetic import write_set
+    """A synthetic dataset in the Data1 layout: four training and two test images of 96x96. Read only."""
+    from retina_seg.sets.synthetic import write_set
 
     return write_set(tmp_path_factory.mktemp("sets") / "tiny", 4, 2, (96, 96), seed=7, progress=False)
 
@@ -28,7 +28,8 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a one-epoch training of the original network on `tiny_set`. Read only."""
-    from retina_seg.train import TrainConfig, fit
+    from retina_seg.config import TrainConfig
+    from retina_seg.train import fit
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     fit(TrainConfig.notebook(data=str(tiny_set), output=str(folder), epochs=1, size=96), progress=False)

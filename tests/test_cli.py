@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from retina_seg.synthetic import write_set
 from torch import nn
 
 from retina_seg import cli
 from retina_seg.images import read_label, read_photo, write_picture
-from retina_seg.synthetic import write_set
 
 COMMANDS = ("run", "train", "test", "predict", "compare", "threshold", "prepare", "check", "synth", "bench", "export")
 

@@ -7,227 +7,179 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
-
-from retina_seg.distributed import ALONE, Group, share
-from retina_seg.folder import OUTPUTS
-from retina_seg.images import write_picture
-from retina_seg.resume import LAST, load_last
-from retina_seg.synthetic import draw_photo, write_set
-from retina_seg.train import TrainConfig
-from retina_seg.utils import write_json
-
-PREDICT_KIND = ("--device", "cpu", "--precision", "float32")
-
-
-def launch(program: list[str], processes: int) -> subprocess.Popen:
-    several = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}") if processes > 1 else ()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.Popen(
-        [sys.executable, *several, *program],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that nothing of it outlives the test
-    )
-
-
-def start(*arguments, processes: int = 2) -> subprocess.Popen:
-    return launch(["-m", "retina_seg", *map(str, arguments)], processes)
-
-
-def end(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"did not end in {timeout} s:\n{err[-3000:]}")
-    return process.returncode, out, err
-
-
-def call(*arguments, processes: int = 2) -> tuple[int, str, str]:
-    return end(start(*arguments, processes=processes))
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    """The recipe of a small training, as a function of its changes: a config.json."""
-    folder = tmp_path_factory.mktemp("several")
-    write_set(folder / "set", 4, 1, (64, 64), progress=False)
-
-    def written(**changes):
-        values = {"size": 32, "repeats": 2, "epochs": 2, "precision": "float32", "device": "cpu", "save_every": 2}
-        config = TrainConfig.fast(data=str(folder / "set"), model_arguments={"dropout": 0.0}, **{**values, **changes})
-        path = folder / f"{len(list(folder.iterdir()))}.json"
-        write_json(path, {"recipe": vars(config)})
-        return path
-
-    return written
-
-
-def weights(run) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoint.pth", weights_only=True)["state_dict"]
-
-
-def table(path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
-# ---------------------------------------------------------------------------------------------------------------- in one
-
-
-@pytest.mark.parametrize("count", range(1, 8))
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_batch_is_shared_out_whole_and_every_photo_counts_alike(count, size):
-    batch = list(range(100, 100 + count))
-    parts = [share(batch, Group(rank, size)) for rank in range(size)]
-    assert [photo for part, weight in parts if weight for photo in part] == batch
-    assert all(part for part, _ in parts)  # all take part in every step
-    mean = sum(weight * np.mean(part) for part, weight in parts) / size
-    assert mean == pytest.approx(np.mean(batch))
-
-
-def test_a_process_alone_is_its_own_group():
-    assert (ALONE.is_first, ALONE.highest(3), ALONE.gather("a"), ALONE.from_first(lambda: 5)) == (True, 3, ["a"], 5)
-    model = torch.nn.Linear(1, 1)
-    assert ALONE.parallel(model, torch.device("cpu")) is model
-    ALONE.wait_for("what never comes")  # and does not wait
-
-
-# --------------------------------------------------------------------------------------------------------------- training
-
-
-GRADIENTS = """
-import sys
-import torch
+from test_train import same_weights, tiny, weights_of, without_curves  # noqa: F401
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from retina_seg.distributed import join
-from retina_seg.train import TrainConfig, _Batches
 
-class Photos:  # three: the second batch has one only
-    def __len__(self):
-        return 3
-    def __getitem__(self, index):
-        drawn = torch.Generator().manual_seed(index)
-        return torch.rand(3, 8, 8, generator=drawn), torch.rand(1, 8, 8, generator=drawn)
+from retina_seg import cli
+from retina_seg.checkpoint import LAST, load_last
+from retina_seg.distributed import World, process_group
+from retina_seg.images import write_image
+from retina_seg.inference.batch import OUTPUTS, predict_images
+from retina_seg.inference.segmenter import Segmenter
+from retina_seg.sets.synthetic import synthetic_image
+from retina_seg.train import fit
+from retina_seg.utils import UserError
 
-def gradients(group):  # in a function: the wrapped network is gone before the processes part
-    group.meet(torch.device("cpu"))
-    torch.manual_seed(group.rank)  # the first one's weights count
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
-    parallel = group.parallel(model, torch.device("cpu"))
-    batches = _Batches(Photos(), TrainConfig(batch_size=2 // group.size, frame="fov"), 0, group=group)
-    loss_fn = batches.weighted(binary_cross_entropy_with_logits)
-    for photos, masks in batches.loader:  # gradients add up over the two batches
-        loss_fn(parallel(photos), masks).backward()
-    if group.is_first:
-        torch.save([parameter.grad for parameter in model.parameters()], sys.argv[1])
 
-with join() as group:
-    gradients(group)
+def torchrun(*program) -> subprocess.Popen:
+    """`program` in two processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    pipe = subprocess.PIPE
+    # a session of its own, so that nothing of it outlives the test
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """The exit status, and all that was said."""
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"did not end:\n{process.communicate()[1][-3000:]}")
+    return process.returncode, out + err
+
+
+def small_network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+
+
+def loss_of(network: nn.Module, rank: int) -> torch.Tensor:
+    """The loss over the images of one process."""
+    generator = torch.Generator().manual_seed(rank)
+    x, y = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 1, 8, 8, generator=generator)
+    return binary_cross_entropy_with_logits(network(x), y)
+
+
+def segment(folder, output, world):
+    """What `retina-seg predict` does with the folder's images."""
+    segmenter = Segmenter.load("tiny", device="cpu", precision="float32")
+    return predict_images(segmenter, [folder / "images"], folder / output, weights="tiny", progress=False, world=world)
+
+
+TWO = """
+import sys
+from pathlib import Path
+import torch
+from retina_seg.config import TrainConfig
+from retina_seg.distributed import process_group, set_epoch
+from retina_seg.train import fit
+from test_distributed import loss_of, segment, small_network
+
+folder = Path(sys.argv[1])
+with process_group() as world:
+    network = small_network(seed=world.rank)  # those of rank 0 count
+    parallel = world.parallel(network, world.device("cpu"))
+    loss_of(parallel, world.rank).backward()
+    del parallel
+    sampler, orders = world.sampler(range(7), 42, shared_state=True), []
+    for epoch in (0, 1):
+        set_epoch(sampler, 42, epoch)
+        orders.append(list(sampler))
+    value = {"gradients": [parameter.grad for parameter in network.parameters()], "orders": orders}
+    torch.save(value, folder / f"{world.rank}.pth")
+    fit(TrainConfig.from_json(folder / "config.json"), progress=False, world=world)
+    segment(folder, "two", world)
 """
 
 
-def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(tmp_path):
-    """To rounding, where loss and network take each photo for itself; an incomplete batch too."""
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
-    for name, processes in (("one", 1), ("two", 2)):
-        script = [str(tmp_path / "gradients.py"), str(tmp_path / name)]
-        code, _, shown = end(launch(script, processes))
-        assert code == 0, shown
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
-    assert all(gradient.abs().max() > 1e-3 for gradient in one)
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-7)
+@pytest.fixture(scope="module")
+def folder(tiny_set, tmp_path_factory):
+    """All that two processes of one job do: gradients, a training ("run"), a prediction ("two"). Read only."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "images/more").mkdir(parents=True)
+    for number, name in enumerate(("0", "1", "2", "more/0")):
+        write_image(folder / f"images/{name}.png", synthetic_image(number, 64, 72).image)
+    (folder / "images/broken.png").write_bytes(b"no image")
+    config = tiny(tiny_set, folder / "run", epochs=3, batch_size=1, device="cpu")
+    (folder / "config.json").write_text(json.dumps({"config": asdict(config)}))
+    (folder / "two.py").write_text(TWO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
+        code, said = end(torchrun(folder / "two.py", folder))
+    assert code == 0, said
+    return folder
 
 
-def test_two_processes_train_as_one_with_twice_the_batch_but_for_dice_and_norms(recipe, tmp_path):
-    """Unlike windows: each process takes dice and BatchNorm over its own, so the weights are others and the losses near."""
-    two, one = recipe(batch_size=1), recipe(batch_size=2)
-    assert call("train", "--config", two, "--output", tmp_path / "two")[0] == 0
-    assert call("train", "--config", one, "--output", tmp_path / "one", processes=1)[0] == 0
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
-    assert json.loads((tmp_path / "two/config.json").read_text())["processes"] == 2
-    histories = [table(tmp_path / name / "history.csv") for name in ("one", "two")]
-    assert len(histories[0]) == len(histories[1]) == 2
-    for first, second in zip(*histories, strict=True):
-        assert float(second["train_loss"]) == pytest.approx(float(first["train_loss"]), rel=0.05)
-    assert load_last(tmp_path / "one")[0]["state"]["step"] == load_last(tmp_path / "two")[0]["state"]["step"] == 8
+def test_gradients_are_the_mean_of_both_processes(folder):
+    network = small_network(seed=0)
+    ((loss_of(network, 0) + loss_of(network, 1)) / 2).backward()
+    expected = [parameter.grad for parameter in network.parameters()]
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected)
+    for rank in (0, 1):
+        gradients = torch.load(folder / f"{rank}.pth", weights_only=True)["gradients"]
+        torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_killed_process_ends_the_job_and_the_run_goes_on(recipe, tmp_path):
-    config = recipe(epochs=6, batch_size=1)
-    assert call("train", "--config", config, "--output", tmp_path / "whole")[0] == 0
-    process = start("train", "--config", config, "--output", tmp_path / "cut")
-    began = time.monotonic()
-    while not (tmp_path / "cut" / LAST).exists():  # it is under way
-        assert process.poll() is None and time.monotonic() - began < 200
-        time.sleep(0.02)
-    found = subprocess.run(
-        ["pgrep", "-f", f"retina_seg train --config {config} --output {tmp_path / 'cut'}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    ranks = sorted(int(pid) for pid in found if int(pid) != process.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[-1], signal.SIGKILL)
-    killed = time.monotonic()
-    code, _, shown = end(process, 120)
-    assert code != 0 and time.monotonic() - killed < 90
-    assert "Signal 9" in shown or "SIGKILL" in shown or "exitcode" in shown
-    assert load_last(tmp_path / "cut")[0] is not None
-    assert call("train", "--resume", tmp_path / "cut", processes=1)[2].count("begun by 2 processes") == 1
-    assert call("train", "--resume", tmp_path / "cut")[0] == 0
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+def test_both_processes_share_the_items_of_an_epoch_in_another_order_each_time(folder):
+    orders = [torch.load(folder / f"{rank}.pth", weights_only=True)["orders"] for rank in (0, 1)]
+    for first, second in zip(*orders, strict=True):
+        assert len(first) == len(second) == 4 and set(first + second) == set(range(7))  # one of seven twice
+    assert orders[0][0] != orders[0][1]
 
 
-def test_a_mistake_is_said_once(tmp_path):
-    code, out, err = call("train", "--data", tmp_path / "nowhere", "--output", tmp_path / "run")
-    assert code != 0 and (out + err).count("retina-seg: error:") == 1 and not (tmp_path / "run").exists()
-    code, out, err = call("check", tmp_path)
-    assert code != 0 and (out + err).count("several processes share train and predict only") == 1
+def test_two_processes_train_nearly_as_one_with_twice_the_batch(folder, tiny_set, tmp_path):
+    """Each takes Dice and batch normalisation over its own patches, so the weights are others and the losses near."""
+    one = fit(tiny(tiny_set, tmp_path / "run", epochs=3), progress=False)
+    assert json.loads((folder / "run/config.json").read_text())["processes"] == 2
+    two = load_last(folder / "run")["state"]
+    assert two["step"] == load_last(tmp_path / "run")["state"]["step"] == 6
+    losses = [[row["train_loss"] for row in history] for history in (one.history, two["history"])]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    names = [{path.name for path in run.iterdir()} for run in (tmp_path / "run", folder / "run")]
+    assert names[0] | {"curves.png"} == names[1]
 
 
-# -------------------------------------------------------------------------------------------------------------- predicting
-
-
-def test_two_processes_share_photos_out_and_write_what_one_would(tmp_path):
-    photos = tmp_path / "photos"
-    (photos / "more").mkdir(parents=True)
-    for number in range(5):
-        write_picture(photos / f"{number}.png", draw_photo(number, 64, 72).photo)
-    write_picture(photos / "more/0.png", draw_photo(9, 64, 72).photo)  # a name that is taken
-    (photos / "broken.png").write_bytes(b"no picture")
-    for name, processes in (("one", 1), ("two", 2)):
-        code, out, err = call(
-            "predict", photos, "--output", tmp_path / name, "--weights", "drive", *PREDICT_KIND, processes=processes
-        )
-        assert code == 1 and "6 segmented, 0 done before, 1 failed" in out, err
-        assert err.count("broken.png: ") == 1
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert len(files) == 6 * len(OUTPUTS) + 1
+def test_two_processes_write_the_maps_that_one_would(folder):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = segment(folder, "one", World())
+    torch.set_num_threads(threads)
+    assert len(rows) == 5 and sum(row["status"] == "ok" for row in rows) == 4
+    files = sorted(path.relative_to(folder / "one") for path in (folder / "one").rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(folder / "two") for path in (folder / "two").rglob("*") if path.is_file())
+    assert len(files) == 4 * len(OUTPUTS) + 1
     for name in files:
-        if name != "summary.csv":  # its seconds differ
-            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    tables = [table(tmp_path / name / "summary.csv") for name in ("one", "two")]
-    for row in [row for table in tables for row in table]:
-        row.pop("seconds")
-    assert tables[0] == tables[1]
-    # broken off: one process has written its rows, the other only some pictures
-    (tmp_path / "two/3_vessels.png").unlink()
-    rows = list(csv.reader((tmp_path / "two/summary.csv").read_text().splitlines()))
-    with open(tmp_path / "two/summary.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows[:3])
-    with open(tmp_path / "two/.summary.1.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([*rows[3:], rows[1][:2]])  # the last line is cut short
-    code, out, _ = call("predict", photos, "--output", tmp_path / "two", "--weights", "drive", *PREDICT_KIND)
-    assert code == 1 and "1 segmented, 5 done before, 1 failed" in out
-    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+        texts = [(folder / part / name).read_bytes() for part in ("one", "two")]
+        if name.name == "summary.csv":  # the seconds differ
+            tables = [list(csv.DictReader(text.decode().splitlines())) for text in texts]
+            texts = [[{**row, "seconds": ""} for row in table] for table in tables]
+        assert texts[0] == texts[1], name
+
+
+def test_a_killed_process_ends_the_job_and_the_run_goes_on(folder, tmp_path, capsys):
+    cut = tmp_path / "run"
+    process = torchrun("-m", "retina_seg", "train", "--config", folder / "config.json", "--output", cut)
+    began = time.monotonic()
+    while not (cut / LAST).exists():  # it is under way
+        assert process.poll() is None and time.monotonic() - began < 200
+        time.sleep(0.001)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    code, said = end(process)
+    assert len(ranks) == 2 and code != 0 and "Signal 9" in said
+    assert load_last(cut)["state"]["epoch"] < 3
+    assert cli.main(["train", "--resume", str(cut)]) == 2
+    assert "2 processes began this run, these are 1" in capsys.readouterr().err
+    code, said = end(torchrun("-m", "retina_seg", "train", "--resume", cut))
+    assert code == 0 and said.count("written to ") == 1, said
+    assert same_weights(weights_of(cut), weights_of(folder / "run"))
+
+
+def test_a_process_alone_is_its_own_world(monkeypatch, capsys):
+    model, device = nn.Linear(1, 1), torch.device("cpu")
+    with process_group() as world:
+        assert world == World(0, 1, 0, 1) and world.is_main and world.parallel(model, device) is model
+        world.barrier()  # and does not wait
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match="not as torchrun does.*unset them"), process_group():
+        pass
+    assert cli.main(["check", "anywhere"]) == 2
+    assert "several processes share train and predict only" in capsys.readouterr().err

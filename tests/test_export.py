@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from retina_seg.predict import Segmenter
+from retina_seg.synthetic import draw_photo
 from torch import nn
 
 from retina_seg import cli, export
 from retina_seg.images import read_label, write_picture
 from retina_seg.model import build_model, save_model
-from retina_seg.predict import Segmenter
-from retina_seg.synthetic import draw_photo
 from retina_seg.utils import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")

@@ -1,4 +1,4 @@
-"""Muon against its definition by singular values, and its other half against torch's AdamW."""
+"""Muon against its definition by singular values and torch's AdamW; the EMA weights and the schedule by hand."""
 
 import copy
 import doctest
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from retina_seg import optim
+from retina_seg.config import TrainConfig
 from retina_seg.model import build_model
-from retina_seg.optim import Muon, orthogonalized
+from retina_seg.optim import EMA, Muon, learning_rate_factor, make_optimizer, orthogonalized
 
 
 def drawn(*shape, seed=0):
@@ -50,13 +51,15 @@ def test_the_size_of_a_gradient_does_not_matter_and_zeros_stay():
 
 
 def test_a_step_is_that_of_the_formula():
-    layer = with_gradients(nn.Conv2d(4, 6, 3, bias=False), drawn(6, 4, 3, 3))
+    layer = nn.Conv2d(4, 6, 3)
+    layer.weight.grad, bias = drawn(6, 4, 3, 3), layer.bias.detach().clone()
     before, gradient = layer.weight.detach().clone(), layer.weight.grad.clone()
     Muon(layer.parameters(), lr=0.1, weight_decay=0.5, momentum=0.9).step()
     momentum = 0.1 * gradient
     matrix = (0.1 * gradient + 0.9 * momentum).reshape(6, 36)
     expected = 0.95 * before - 0.1 * 0.2 * 6 * orthogonalized(matrix).reshape(6, 4, 3, 3)
     torch.testing.assert_close(layer.weight.detach(), expected)
+    assert torch.equal(layer.bias, bias)  # a parameter without a gradient stays
     # as large as a step of AdamW's usually is: about 0.2 times the learning rate for each weight
     step = (layer.weight.detach() - 0.95 * before) / 0.1
     assert 0.1 < step.square().mean().sqrt() < 0.3
@@ -84,14 +87,6 @@ def test_what_is_taken_as_a_matrix_in_the_fast_network():
         assert (id(parameter) in matrices, id(parameter) in others) == (is_matrix, not is_matrix), name
 
 
-def test_a_parameter_without_a_gradient_stays():
-    layer = nn.Linear(3, 2)
-    layer.weight.grad = drawn(2, 3)
-    bias = layer.bias.detach().clone()
-    Muon(layer.parameters(), weight_decay=0.1).step()
-    assert torch.equal(layer.bias, bias)
-
-
 def test_its_state_goes_on_where_it_was():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     first = Muon(model.parameters(), lr=0.01)
@@ -108,22 +103,38 @@ def test_its_state_goes_on_where_it_was():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_it_goes_downhill_in_turned_and_uneven_valleys():
-    inputs = drawn(256, 16) * torch.logspace(0, -1, 16) @ torch.linalg.qr(drawn(16, 16, seed=2)).Q
-    target = inputs @ drawn(16, 8, seed=1)
-    layer = nn.Linear(16, 8, bias=False)
-    optimizer = Muon(layer.parameters(), lr=0.1)
-    losses = []
-    for step in range(200):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
-        optimizer.zero_grad()
-        loss = (layer(inputs) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 1000
+def test_the_optimizer_is_the_configs():
+    model = nn.Conv2d(3, 4, 3)
+    for changes, kind in (
+        ({"optimizer": "muon"}, Muon),
+        ({"weight_decay": 0.0}, torch.optim.Adam),
+        ({"weight_decay": 0.3}, torch.optim.AdamW),
+    ):
+        optimizer = make_optimizer(model, TrainConfig(**{"learning_rate": 0.07, "weight_decay": 0.3, **changes}))
+        assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == 0.07
+        assert optimizer.param_groups[0]["weight_decay"] == changes.get("weight_decay", 0.3)
+
+
+def test_ema_weights_follow_the_formula_and_copy_counters():
+    model = nn.BatchNorm1d(1)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3)
+        model.num_batches_tracked.fill_(7)
+    ema.update(model, step=1)  # decay min(0.5, 2/11): 9/11 of the new weight, which was 1
+    assert ema.model.weight.item() == pytest.approx(1 * 2 / 11 + 3 * 9 / 11)
+    ema.update(model, step=1000)  # decay 0.5
+    assert ema.model.weight.item() == pytest.approx((1 * 2 / 11 + 3 * 9 / 11 + 3) / 2)
+    assert ema.model.num_batches_tracked.item() == 7 and not ema.model.training and not ema.model.weight.requires_grad
+
+
+def test_the_learning_rate_rises_linearly_and_falls_by_a_cosine():
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(101)]
+    assert factors[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1])
+    assert factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert learning_rate_factor(7, 10, None) == 1
 
 
 def test_examples():
-    result = doctest.testmod(optim, extraglobs={"torch": torch})
-    assert result.attempted and not result.failed
+    assert doctest.testmod(optim, extraglobs={"torch": torch}) == (0, 1)

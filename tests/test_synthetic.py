@@ -1,248 +1,167 @@
-"""The synthetic photos: exact, repeatable, plausible, and no gift to a plain threshold."""
-
-import csv
+"""Synthetic images: exact, repeatable, plausible, and hard for a plain threshold."""
 
 import cv2
 import numpy as np
 import pytest
 
-from retina_seg import synthetic
-from retina_seg.synthetic import draw_photo, write_set
+from retina_seg.images import read_grey, read_image
+from retina_seg.sets.synthetic import data_or_synthetic, synthetic_image, write_set
+from retina_seg.utils import UserError, read_csv
 
-LARGE_SEEDS = (0, 1, 2, 3)
-FOLDERS = ("image", "mask", "fov")
+SEEDS = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
 def large():
-    """Some photos of the default size."""
-    return [draw_photo(seed) for seed in LARGE_SEEDS]
+    """Some images of the default size."""
+    return [synthetic_image(seed) for seed in SEEDS]
 
 
-def same(a, b):
-    return all(np.array_equal(getattr(a, part), getattr(b, part)) for part in ("photo", "mask", "fov"))
+def share(one):
+    return (one.mask > 0).sum() / (one.fov > 0).sum()
 
 
-def f1(score, truth, threshold):
-    chosen = score > threshold
-    return 2 * (chosen & truth).sum() / (chosen.sum() + truth.sum())
-
-
-def share(drawn):
-    return (drawn.mask > 0).sum() / (drawn.fov > 0).sum()
-
-
-def test_a_seed_is_the_same_photo_to_the_byte_whatever_the_global_state():
+def test_a_seed_is_the_same_image_to_the_byte_whatever_the_global_state():
     np.random.seed(1)
-    first = draw_photo(7, 96, 96)
+    first = synthetic_image(7, 96, 96)
     state = np.random.get_state()[1].copy()
-    second = draw_photo(np.int64(7), 96, 96)
-    assert same(first, second)
-    assert np.array_equal(np.random.get_state()[1], state)  # nor does drawing touch it
-
-
-def test_other_seeds_are_other_photos():
-    drawn = [draw_photo(seed, 96, 96) for seed in range(6)]
-    for part in ("photo", "mask"):
-        assert len({getattr(d, part).tobytes() for d in drawn}) == len(drawn)
+    second = synthetic_image(np.int64(7), 96, 96)
+    assert all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    assert np.array_equal(np.random.get_state()[1], state)  # nor is that state changed
+    others = [synthetic_image(seed, 96, 96) for seed in range(6)]
+    assert len({one.image.tobytes() for one in others}) == len({one.mask.tobytes() for one in others}) == 6
 
 
 def test_a_seed_is_the_same_eye_at_every_size(large):
-    small = draw_photo(LARGE_SEEDS[0], 256, 256)
-    reduced = cv2.resize(large[0].photo, (256, 256), interpolation=cv2.INTER_AREA)
-    assert np.abs(small.photo.astype(float) - reduced).mean() < 8
-    other = draw_photo(LARGE_SEEDS[1], 256, 256)
-    assert np.abs(other.photo.astype(float) - reduced).mean() > 8
+    reduced = cv2.resize(large[0].image, (256, 256), interpolation=cv2.INTER_AREA)
+    distance = [np.abs(synthetic_image(seed, 256, 256).image.astype(float) - reduced).mean() for seed in SEEDS[:2]]
+    assert distance[0] < 8 < distance[1]
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 97), (96, 140), (140, 96), (64, 300), (301, 111)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 97), (140, 96), (64, 300), (301, 111)])
 def test_form_at_any_size(height, width):
     for seed in range(4):
-        drawn = draw_photo(seed, height, width)
-        assert drawn.photo.shape == (height, width, 3)
-        assert drawn.mask.shape == drawn.fov.shape == (height, width)
-        assert drawn.photo.dtype == drawn.mask.dtype == drawn.fov.dtype == np.uint8
-        assert set(np.unique(drawn.mask)) == set(np.unique(drawn.fov)) == {0, 255}
-        assert not (drawn.mask[drawn.fov == 0]).any()
-        assert 0.05 < share(drawn) < 0.2
-        assert drawn.photo.flags["C_CONTIGUOUS"]
+        one = synthetic_image(seed, height, width)
+        assert one.image.shape == (height, width, 3) and one.mask.shape == one.fov.shape == (height, width)
+        assert {pixels.dtype for pixels in vars(one).values()} == {np.dtype(np.uint8)}
+        assert set(np.unique(one.mask)) == set(np.unique(one.fov)) == {0, 255}
+        assert not one.mask[one.fov == 0].any()
+        assert 0.05 < share(one) < 0.2
+        assert one.image.flags["C_CONTIGUOUS"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ((0, 63, 96), "height .* 64, not 63"),
-        ((0, 96, 63), "width .* 64, not 63"),
-        ((0, 96.0, 96), "height .* 96.0"),
-        ((0, 96, "96"), "width .* '96'"),
-        ((0, True, 96), "height .* True"),
-        ((-1, 96, 96), "seed .* -1"),
-        ((0.5, 96, 96), "seed .* 0.5"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_by_name(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        draw_photo(*arguments)
+@pytest.mark.parametrize("arguments", [(0, 63, 96), (0, 96, 8193), (0, 96.0, 96), (-1, 96, 96), (0.5, 96, 96)])
+def test_a_size_or_seed_out_of_range_is_refused(arguments):
+    with pytest.raises(UserError, match="must be"):
+        synthetic_image(*arguments)
 
 
-def test_vessels_take_the_share_of_the_field_that_they_take_in_real_photos(large):
-    for drawn in large:
-        assert 0.09 < share(drawn) < 0.135
-
-
-def test_the_surround_is_dark_and_the_field_is_not(large):
-    for drawn in large:
-        away = cv2.dilate(drawn.fov, np.ones((9, 9), np.uint8)) == 0  # JPEG rings a little around the rim
-        assert drawn.photo[away].max() < 40
-        red, green, blue = drawn.photo[drawn.fov > 0].mean(axis=0)
-        assert red > 90
-        assert red > 1.2 * green > 1.2 * blue
+def test_vessels_and_colours_are_as_in_real_images(large):
+    for one in large:
+        assert 0.09 < share(one) < 0.135  # of the field of view
+        away = cv2.dilate(one.fov, np.ones((9, 9), np.uint8)) == 0  # JPEG rings a little around the rim
+        assert one.image[away].max() < 40
+        red, green, blue = one.image[one.fov > 0].mean(axis=0)
+        assert red > 90 and red > 1.2 * green > 1.2 * blue
+        assert cv2.distanceTransform(one.mask, cv2.DIST_L2, 5).max() > 3  # wider than 6 px
+        opened = cv2.morphologyEx(one.mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+        assert 0.1 < 1 - (opened > 0).sum() / (one.mask > 0).sum() < 0.7  # under 3 px wide
+        near, far = (cv2.dilate(one.mask, np.ones((side, side), np.uint8)) for side in (3, 9))
+        beside = (far > 0) & (near == 0) & (one.fov > 0)
+        level = one.image[..., 1].astype(float)
+        assert level[one.mask > 0].mean() < level[beside].mean() - 4
 
 
 @pytest.mark.parametrize("size", [64, 128, 512])
-def test_vessels_hang_together(size):
-    """Also where they are thinner than a pixel: no line is drawn so thin that it falls to pieces."""
+def test_vessels_are_connected_even_where_they_are_thinner_than_a_pixel(size):
     for seed in range(4):
-        count, _, stats, _ = cv2.connectedComponentsWithStats(draw_photo(seed, size, size).mask)
+        count, _, stats, _ = cv2.connectedComponentsWithStats(synthetic_image(seed, size, size).mask)
         areas = np.sort(stats[1:, cv2.CC_STAT_AREA])[::-1]
         assert count - 1 <= 6
         assert areas[:3].sum() > 0.97 * areas.sum()
 
 
-def test_calibres_run_from_capillary_to_trunk(large):
-    for drawn in large:
-        inner = cv2.distanceTransform(drawn.mask, cv2.DIST_L2, 5)
-        assert inner.max() > 3  # wider than 6 px
-        opened = cv2.morphologyEx(drawn.mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-        assert 0.1 < 1 - (opened > 0).sum() / (drawn.mask > 0).sum() < 0.7  # under 3 px wide
+def test_mask_and_image_are_aligned(large):
+    """Half a pixel of offset would limit every score: no shift may fit better than none."""
 
-
-def test_vessels_are_darker_than_what_lies_beside_them_in_green(large):
-    for drawn in large:
-        wide = cv2.dilate(drawn.mask, np.ones((3, 3), np.uint8))
-        beside = (cv2.dilate(wide, np.ones((7, 7), np.uint8)) > 0) & (wide == 0) & (drawn.fov > 0)
-        green = drawn.photo[..., 1].astype(float)
-        assert green[drawn.mask > 0].mean() < green[beside].mean() - 4
-
-
-def test_mask_and_photo_lie_on_one_another(large):
-    """Half a pixel of offset between truth and photo would cap every score: no shift may fit better than none."""
-
-    def depth(drawn, dx, dy):
-        green = drawn.photo[..., 1].astype(np.float32)
+    def depth(one, dx, dy):
+        green = one.image[..., 1].astype(np.float32)
         local = cv2.GaussianBlur(green, (0, 0), 8) - green
-        core = cv2.erode(drawn.fov, np.ones((31, 31), np.uint8)) > 0
-        return (local * (np.roll(drawn.mask, (dy, dx), (0, 1)) > 0))[core].sum()
+        core = cv2.erode(one.fov, np.ones((31, 31), np.uint8)) > 0
+        return (local * (np.roll(one.mask, (dy, dx), (0, 1)) > 0))[core].sum()
 
-    for drawn in large:
-        fit = {(dx, dy): depth(drawn, dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
+    for one in large:
+        fit = {(dx, dy): depth(one, dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
         assert max(fit, key=fit.get) == (0, 0)
-        # and it falls off alike on both sides
-        sides = [fit[0, 0] - fit[step] for step in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-        assert max(sides[:2]) < 2 * min(sides[:2])
-        assert max(sides[2:]) < 2 * min(sides[2:])
+        loss = [fit[0, 0] - fit[step] for step in ((1, 0), (-1, 0), (0, 1), (0, -1))]  # alike on both sides
+        assert max(loss[:2]) < 2 * min(loss[:2]) and max(loss[2:]) < 2 * min(loss[2:])
 
 
-def test_a_plain_threshold_does_not_find_the_vessels():
+@pytest.mark.parametrize(("less_background", "low", "high"), [(False, 0, 0.45), (True, 0.5, 0.75)])
+def test_a_plain_threshold_does_not_segment_the_vessels(less_background, low, high):
     """The best single cut of the green channel, raw or less its background, stays far below what a network reaches."""
 
-    def scores(drawn):
-        inside = drawn.fov > 0
-        green = drawn.photo[..., 1].astype(np.float32)
-        weight = inside.astype(np.float32)
-        sigma = drawn.fov.shape[0] / 40
-        background = cv2.GaussianBlur(green * weight, (0, 0), sigma) / (cv2.GaussianBlur(weight, (0, 0), sigma) + 1e-6)
-        return {"green": 255 - green[inside], "background": (background - green)[inside]}, drawn.mask[inside] > 0
-
     def gather(seeds):
-        drawn = [scores(draw_photo(seed)) for seed in seeds]
-        truth = np.concatenate([t for _, t in drawn])
-        return {name: np.concatenate([s[name] for s, _ in drawn]) for name in ("green", "background")}, truth
+        scores, truths = [], []
+        for one in map(synthetic_image, seeds):
+            green, weight = one.image[..., 1].astype(np.float32), (one.fov > 0).astype(np.float32)
+            sigma = one.fov.shape[0] / 40
+            mean = cv2.GaussianBlur(green * weight, (0, 0), sigma) / (cv2.GaussianBlur(weight, (0, 0), sigma) + 1e-6)
+            scores.append(((mean if less_background else 255) - green)[one.fov > 0])
+            truths.append(one.mask[one.fov > 0] > 0)
+        return np.concatenate(scores), np.concatenate(truths)
 
-    train, train_truth = gather(range(100, 105))
-    test, test_truth = gather(range(200, 203))
-    reached = {}
-    for name in train:
-        cuts = np.quantile(train[name], np.linspace(0.05, 0.995, 60))
-        best = max(cuts, key=lambda cut, name=name: f1(train[name], train_truth, cut))
-        reached[name] = f1(test[name], test_truth, best)
-    assert reached["green"] < 0.45
-    assert 0.5 < reached["background"] < 0.75  # but the vessels are there to be seen
+    def f1(score, truth, threshold):
+        return 2 * ((score > threshold) & truth).sum() / ((score > threshold).sum() + truth.sum())
+
+    train, test = gather(range(100, 104)), gather(range(200, 203))
+    best = max(np.quantile(train[0], np.linspace(0.05, 0.995, 60)), key=lambda cut: f1(*train, cut))
+    assert low < f1(*test, best) < high  # the vessels are there to be seen
 
 
-def test_write_set_writes_the_layout(tmp_path):
+# ------------------------------------------------------------------------------------------------------- whole datasets
+
+
+def test_write_set_writes_the_layout_the_same_on_every_run(tmp_path):
     root = write_set(tmp_path / "new" / "set", train=3, test=2, size=(80, 100), seed=4, progress=False)
     assert root == tmp_path / "new" / "set"
-    expected = {
-        f"{part}/{folder}/{i}.png" for part, n in (("train", 3), ("test", 2)) for folder in FOLDERS for i in range(n)
+    names = [(part, str(i)) for part, count in (("train", 3), ("test", 2)) for i in range(count)]
+    expected = {f"{part}/{kind}/{name}.png" for part, name in names for kind in ("image", "mask", "fov")} | {
+        "photos.csv"
     }
-    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    assert found == expected | {"photos.csv"}  # and so no temporary file is left
-    with (root / "photos.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["part", "name", "photo", "variant", "source"]
-    assert [(r["part"], r["name"], r["photo"], r["variant"]) for r in rows] == [
-        (part, str(i), str(i), "0") for part, n in (("train", 3), ("test", 2)) for i in range(n)
-    ]
-    for row in rows:  # each file is the photo that the table says, its colours in a viewer's order
-        drawn = draw_photo(int(row["source"].removeprefix("synthetic seed ")), 80, 100)
-        folder = root / row["part"]
-        photo = cv2.imread(str(folder / "image" / f"{row['name']}.png"), cv2.IMREAD_UNCHANGED)
-        assert np.array_equal(photo[..., ::-1], drawn.photo)
-        for name, truth in (("mask", drawn.mask), ("fov", drawn.fov)):
-            assert np.array_equal(cv2.imread(str(folder / name / f"{row['name']}.png"), cv2.IMREAD_UNCHANGED), truth)
+    assert {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} == expected
+    rows = read_csv(root / "photos.csv", ("part", "name", "photo", "variant", "source"))
+    assert [(row["part"], row["name"]) for row in rows] == [(row["part"], row["photo"]) for row in rows] == names
+    for row in rows:  # each file is the image that the table says
+        one = synthetic_image(int(row["source"].removeprefix("synthetic seed ")), 80, 100)
+        for kind, truth in vars(one).items():
+            path = root / row["part"] / kind / f"{row['name']}.png"
+            assert np.array_equal(read_image(path) if kind == "image" else read_grey(path), truth)
+    again = write_set(tmp_path / "again", train=3, test=2, size=(80, 100), seed=4, progress=False)
+    assert all((root / file).read_bytes() == (again / file).read_bytes() for file in expected)
+    other = write_set(tmp_path / "other", train=3, test=2, size=(80, 100), seed=5, progress=False)
+    images = [path.read_bytes() for folder in (root, other) for path in folder.rglob("image/*.png")]
+    assert len(set(images)) == len(images) == 10
 
 
-def test_no_photo_is_in_two_parts_or_two_sets(tmp_path):
-    photos = []
-    for seed in (0, 1):
-        write_set(tmp_path / str(seed), train=3, test=3, size=(64, 64), seed=seed, progress=False)
-        photos += [path.read_bytes() for path in (tmp_path / str(seed)).rglob("image/*.png")]
-    assert len(set(photos)) == len(photos) == 12
-
-
-def test_a_set_is_the_same_on_every_run(tmp_path):
-    for name in "ab":
-        write_set(tmp_path / name, train=1, test=1, size=(64, 64), seed=3, progress=False)
-    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
-    assert len(files) == 7
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-
-
-def test_write_set_refuses_a_place_in_use_and_leaves_it_alone(tmp_path):
-    own = tmp_path / "own.txt"
-    own.write_text("mine")
-    for place in (tmp_path, own):
-        with pytest.raises(FileExistsError, match=f"{place.name} .*empty it, or choose another"):
-            write_set(place, train=1, test=1, size=(64, 64), progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["own.txt"]
-    assert own.read_text() == "mine"
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert write_set(empty, train=1, test=0, size=(64, 64), progress=False) == empty
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"size": (32, 64)}, {"train": -1}, {"test": 500_001}, {"seed": -1}], ids=lambda wrong: next(iter(wrong))
-)
-def test_write_set_checks_before_it_writes(tmp_path, wrong):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("wrong", [{"size": (32, 64)}, {"train": -1}, {"test": 500_001}, {"seed": -1}])
+def test_write_set_refuses_what_cannot_be_and_leaves_nothing(tmp_path, wrong):
+    with pytest.raises(UserError):
         write_set(tmp_path / "set", **{"train": 1, "test": 1, "size": (64, 64), "progress": False, **wrong})
-    assert not (tmp_path / "set").exists()
+    assert not any(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
-    def fail(self, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(synthetic.Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_set(tmp_path / "set", train=1, test=1, size=(64, 64), progress=False)
-    assert not [path for path in (tmp_path / "set").rglob("*") if path.is_file()]
-
-
-def test_write_set_shows_progress_when_asked(tmp_path, capsys):
-    write_set(tmp_path / "quiet", train=1, test=0, size=(64, 64), progress=False)
+def test_synthetic_images_only_where_there_are_no_others(tmp_path, capsys):
+    data, fallback = tmp_path / "Data1", tmp_path / "synthetic"
+    for _ in range(2):  # no folder yet, then one without images: written once, then used again
+        assert data_or_synthetic(data, fallback, train=2, test=1, size=(64, 64)) == (fallback, True)
+        (data / "below").mkdir(parents=True, exist_ok=True)
+    assert capsys.readouterr().err.count("3/3") == 1  # one progress bar
+    (data / "note.txt").touch()
+    with pytest.raises(UserError, match="is a file"):
+        data_or_synthetic(data / "note.txt", fallback)
+    with pytest.raises(UserError, match="is not empty .below"):
+        data_or_synthetic(data, data)
+    write_set(data / "below", train=1, test=1, size=(64, 64), progress=False)
     assert capsys.readouterr().err == ""
-    write_set(tmp_path / "loud", train=1, test=0, size=(64, 64))
-    assert "1/1" in capsys.readouterr().err
+    assert data_or_synthetic(data, fallback) == (data / "below", False)

@@ -1,9 +1,10 @@
 """Scoring a checkpoint: the original's five scores, both protocols, the files a test writes."""
 
 import csv
-import json
 import math
-import warnings
+import subprocess
+import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,52 +13,49 @@ import torch
 from sklearn import metrics as sk
 from torch import nn
 
-from retina_seg.data import Augmentation, Pair, augment_colour, list_pairs
-from retina_seg.images import read_photo, write_picture
-from retina_seg.predict import Segmenter
-from retina_seg.test import calculate_metrics, mask_parse, original_lines, score_pairs, table, test
-from retina_seg.utils import UserError
+from retina_seg.data import Pair, list_pairs
+from retina_seg.fov import find_fov
+from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.inference.protocol import get_protocol, predict_pairs
+from retina_seg.inference.segmenter import Segmenter
+from retina_seg.test import ORIGINAL_FIVE, calculate_metrics, default_output, original_lines, score_pairs, table, test
+from retina_seg.transforms import FovFrame, ResizeFrame
+from retina_seg.utils import UserError, read_json, write_json
 
 test.__test__ = False  # the module's own function, not a test of this file
-
-
-def sklearn_five(true, predicted) -> list[float]:
-    t, p = (np.asarray(y).reshape(-1) > 0.5 for y in (true, predicted))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        functions = (sk.jaccard_score, sk.f1_score, sk.recall_score, sk.precision_score, sk.accuracy_score)
-        return [float(function(t, p)) for function in functions]
-
-
-RNG = np.random.default_rng(3)
 CASES = {
-    "random": (RNG.random((1, 1, 40, 30)), RNG.random((1, 1, 40, 30))),
-    "vessels are rare": (RNG.random((64, 64)) > 0.9, RNG.random((64, 64)) > 0.95),
-    "all right": (np.eye(5), np.eye(5)),
-    "all wrong": (np.eye(5), 1 - np.eye(5)),
-    "empty label": (np.zeros((4, 4)), np.eye(4)),
+    "random": np.random.default_rng(3).random((2, 1, 40, 30)),
+    "vessels are rare": np.random.default_rng(4).random((2, 64, 64)) > 0.9,
+    "all true": (np.eye(5), np.eye(5)),
+    "all false": (np.eye(5), 1 - np.eye(5)),
+    "empty mask": (np.zeros((4, 4)), np.eye(4)),
     "empty prediction": (np.eye(4), np.zeros((4, 4))),
-    "both empty": (np.zeros((4, 4)), np.zeros((4, 4))),
-    "both full": (np.ones((4, 4)), np.ones((4, 4))),
+    "both empty": (np.zeros((4, 4)),) * 2,
     "exactly one half is background": (np.array([0.5, 1.0]), np.array([1.0, 0.5])),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_calculate_metrics_is_sklearns(case):
-    true, predicted = CASES[case]
-    assert calculate_metrics(true, predicted) == pytest.approx(sklearn_five(true, predicted), abs=1e-12)
-    tensors = [torch.as_tensor(np.asarray(y, dtype=np.float32)) for y in (true, predicted)]
-    assert calculate_metrics(*tensors) == pytest.approx(sklearn_five(true, predicted), abs=1e-12)
+    mask, predicted = ((np.asarray(y).reshape(-1) > 0.5) for y in CASES[case])
+    four = (sk.jaccard_score, sk.f1_score, sk.recall_score, sk.precision_score)
+    expected = [score(mask, predicted, zero_division=0) for score in four] + [sk.accuracy_score(mask, predicted)]
+    assert calculate_metrics(*CASES[case]) == pytest.approx(expected, abs=1e-12)
+    tensors = [torch.as_tensor(np.asarray(y, dtype=np.float32)) for y in CASES[case]]
+    assert calculate_metrics(*tensors) == pytest.approx(expected, abs=1e-12)
 
 
-def test_mask_parse_repeats_the_grey_value():
-    mask = np.array([[0, 7], [255, 1]], np.uint8)
-    assert mask_parse(mask).tolist() == [[[0, 0, 0], [7, 7, 7]], [[255, 255, 255], [1, 1, 1]]]
+@pytest.mark.parametrize("module_first", [True, False])
+def test_the_module_test_can_be_called_in_every_import_order(module_first):
+    lines = ["from retina_seg import test", "import retina_seg.test as module"][:: -1 if module_first else 1]
+    lines += ["for function in (test, module, module.test, __import__('retina_seg').test):"]
+    lines += ["    try: function('none', data='', output='')", "    except module.UserError as error: print(error)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.stdout.count("none: no such checkpoint") == 4, done.stderr
 
 
 class Redness(nn.Module):
-    """Calls a pixel a vessel where its red is below one half: labels and photos can be made to fit it."""
+    """Calls a pixel vessel where its red is below one half: masks and images can be made to fit it."""
 
     stride = 4
 
@@ -66,174 +64,167 @@ class Redness(nn.Module):
 
 
 def set_of_one(folder, size=(48, 40), fov=None, second=None) -> Pair:
-    """A photo whose vessels are dark red bars, with its label; every tenth column of the label is wrong."""
-    truth = np.zeros(size, np.uint8)
-    truth[10:16] = 255
-    photo = np.where(truth[..., None] > 0, (60, 20, 20), (200, 90, 40)).astype(np.uint8)
-    label = truth.copy()
-    label[10:16, ::10] = 0
-    files = {"image": photo, "mask": label, "fov": fov, "mask_2nd": second}
-    for name, picture in files.items():
-        if picture is not None:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            write_picture(folder / name / "1.png", picture)
-    paths = {name: folder / name / "1.png" for name, picture in files.items() if picture is not None}
-    return Pair("1", paths["image"], paths["mask"], "1", "1", paths.get("fov"), paths.get("mask_2nd"))
+    """An image with a bar of dark red, and its mask: the bar without every tenth column."""
+    image, mask = np.full((*size, 3), (200, 90, 40), np.uint8), np.zeros(size, np.uint8)
+    image[10:16] = (60, 20, 20)
+    mask[10:16] = np.where(np.arange(size[1]) % 10, 255, 0)
+    files = {}
+    for name, pixels in {"image": image, "mask": mask, "fov": fov, "mask_2nd": second}.items():
+        if pixels is not None:
+            files[name] = folder / f"{name}.png"
+            write_image(files[name], pixels)
+    return Pair("1", photo="1", subject="1", **files)
 
 
 def segmenter(size=(48, 40)) -> Segmenter:
-    return Segmenter(Redness(), {"kind": "squeeze", "size": list(size)}, device="cpu", precision="float32")
+    return Segmenter(Redness(), ResizeFrame(*size), device="cpu", precision="float32")
+
+
+FOV = np.tile(np.uint8(255) * (np.arange(40) >= 15), (48, 1))  # a dataset's own field of view: columns from 15 on
 
 
 def test_native_scores_are_the_hand_counted_ones(tmp_path):
-    fov = np.zeros((48, 40), np.uint8)
-    fov[:, 20:] = 255
-    result = score_pairs(segmenter(), [set_of_one(tmp_path, fov=fov)], "native", progress=False)
-    # predicted: 6 rows x 40, label: 6 x 36; inside the field of view 6 x 20 and 6 x 18. Outside it nothing is predicted,
-    # but only where the segmenter finds the border itself: here the whole frame is lit
-    assert result["frame"]["pooled"]["precision"] == pytest.approx(36 / 40)
-    assert result["frame"]["pooled"]["recall"] == 1
-    assert result["fov"]["pooled"]["precision"] == pytest.approx(18 / 20)
-    assert result["fov"]["pooled"]["accuracy"] == pytest.approx(1 - 12 / (48 * 20))
-    assert result["images"][0]["fov"]["f1"] == pytest.approx(2 * 108 / (120 + 108))
-
-
-def test_the_notebook_protocol_scores_the_squeezed_frame(tmp_path):
-    pair = set_of_one(tmp_path)
-    result = score_pairs(segmenter((512, 512)), [pair], "notebook", progress=False)
-    photo, label = read_photo(pair.image), cv2.imread(str(pair.mask), 0)
-    photo, label = cv2.resize(photo, (512, 512)), cv2.resize(label, (512, 512))
-    five = calculate_metrics(label / 255, (photo[..., 0] / 255 < 0.5).astype(float))
-    assert [result["frame"]["mean"][k] for k in ("jaccard", "f1", "recall", "precision", "accuracy")] == pytest.approx(
-        five
-    )
-
-
-def test_the_second_observer_is_scored_where_the_set_has_one(tmp_path):
     second = np.zeros((48, 40), np.uint8)
     second[10:13] = 255
-    result = score_pairs(segmenter(), [set_of_one(tmp_path, second=second)], "native", progress=False)
-    observer = result["second_observer"]["frame"]
-    assert observer["mean"]["recall"] == pytest.approx(0.5) and observer["mean"]["precision"] == pytest.approx(0.9)
-    assert math.isnan(observer["mean"]["auc"])  # a mask has no ranking
+    pair = set_of_one(tmp_path, fov=FOV, second=second)
+    result = score_pairs(segmenter(), [pair], "native", progress=False)
+    # predicted: 6 rows x 40, mask: 6 x 36; inside the dataset's field of view 6 x 25 and 6 x 23. The prediction is 0
+    # outside the field of view that the segmenter finds itself, here the whole frame
+    assert result["frame"]["pooled"]["precision"] == pytest.approx(36 / 40)
+    assert result["frame"]["pooled"]["recall"] == 1
+    assert result["fov"]["pooled"]["precision"] == pytest.approx(23 / 25)
+    assert result["fov"]["pooled"]["accuracy"] == pytest.approx(1 - 12 / (48 * 25))
+    assert result["images"][0]["fov"]["f1"] == pytest.approx(2 * 138 / (150 + 138))
+    observer = result["second_observer"]["frame"]["mean"]  # 3 rows x 40
+    assert (observer["recall"], observer["precision"]) == pytest.approx((0.5, 0.9))
+    assert math.isnan(observer["auc"])  # a mask has no ranking
+    with pytest.raises(UserError, match="mask_2nd.png: differs in size"):
+        score_pairs(segmenter(), [set_of_one(tmp_path, second=second[1:])], progress=False)
+
+
+def test_the_threshold_is_the_given_one_else_the_protocols_else_the_checkpoints(tmp_path):
+    pair, careful = set_of_one(tmp_path), Segmenter(Redness(), threshold=0.9999, device="cpu")
+    for protocol, given, used in (("native", None, 0.9999), ("native", 0.6, 0.6), ("notebook", None, 0.5)):
+        result = score_pairs(careful, [pair], protocol, given, progress=False)
+        assert result["threshold"] == used and (result["frame"]["pooled"]["recall"] > 0.9) == (used < 0.99)
+    with pytest.raises(UserError, match="--threshold 1: must lie"):
+        score_pairs(careful, [pair], threshold=1)
+    with pytest.raises(UserError, match="--protocol best: choose one of notebook, native"):
+        score_pairs(careful, [pair], "best")
+
+
+def test_the_notebook_protocol_scores_the_resized_frame(tmp_path):
+    pair = set_of_one(tmp_path, fov=FOV, second=FOV)
+    (sample,) = predict_pairs(segmenter((512, 512)), [pair], get_protocol("notebook"))
+    image, mask = (cv2.resize(array, (512, 512)) for array in (read_image(pair.image), read_grey(pair.mask)))
+    assert np.array_equal(sample.image, image) and np.array_equal(sample.mask, mask > 127)
+    assert np.array_equal(sample.fov, cv2.resize(FOV, (512, 512)) > 127)
+    assert np.array_equal(sample.second_observer, sample.fov)
+    assert np.array_equal(sample.probability > 0.5, image[..., 0] < 127.5)
+    result = score_pairs(segmenter((512, 512)), [pair], "notebook", progress=False)
+    five = calculate_metrics(mask / 255, (image[..., 0] / 255 < 0.5).astype(float))
+    assert [result["frame"]["mean"][name] for name in ORIGINAL_FIVE.values()] == pytest.approx(five)
+
+
+def test_only_the_native_protocol_clears_what_lies_outside_the_field_of_view(tmp_path):
+    pair = set_of_one(tmp_path, (128, 128))
+    rows, columns = np.mgrid[:128, :128] - 64
+    outside = rows**2 + columns**2 > 50**2  # dark: what `Redness` calls vessel
+    write_image(pair.image, np.where(outside[..., None], np.uint8(0), read_image(pair.image)))
+    (native,), (notebook,) = (predict_pairs(segmenter(), [pair], get_protocol(name)) for name in ("native", "notebook"))
+    assert (native.probability[:10] == 0).all() and (notebook.probability[:40] > 0.5).all()
 
 
 @pytest.mark.parametrize(
-    ("protocol", "size", "own", "recolour", "given"),
+    ("protocol", "size", "own", "given"),
     [
-        ("native", (48, 40), False, 0, True),
-        ("notebook", (512, 512), False, 0, True),
-        ("notebook", (48, 40), False, 0, False),  # squeezed
-        ("native", (48, 40), True, 0, False),  # the set's own, by which the network is not to measure its scale
-        ("native", (48, 40), False, 1, False),  # found in other colours
+        ("native", (48, 40), False, True),
+        ("notebook", (512, 512), False, True),
+        ("notebook", (48, 40), False, False),  # resized
+        ("native", (48, 40), True, False),  # the dataset's own, by which the network is not to measure its scale
     ],
 )
-def test_a_field_of_view_is_looked_for_once_and_only_taken_over_where_it_is_the_photos_own(
-    tmp_path, protocol, size, own, recolour, given
-):
-    from retina_seg.fov import find_fov
-
+def test_a_field_of_view_is_given_only_where_the_network_would_find_the_same(tmp_path, protocol, size, own, given):
     seen = []
 
     class Watched(Segmenter):
-        def __call__(self, photo, fov=None, everywhere=False):
-            seen.append((photo, fov))
-            return super().__call__(photo, fov, everywhere)
+        def __call__(self, image, fov=None, everywhere=False):
+            seen.append((image, fov))
+            return super().__call__(image, fov, everywhere)
 
-    watched = Watched(Redness(), {"kind": "fov", "fov_diameter": 64}, device="cpu", precision="float32")
-    pair = set_of_one(tmp_path, size, fov=np.full(size, 255, np.uint8) if own else None)
-    score_pairs(watched, [pair], protocol, progress=False, recolour=recolour)
-    (photo, fov), *others = seen
-    assert not others and (fov is not None) == given
-    assert fov is None or np.array_equal(fov, find_fov(photo))
+    watched = Watched(Redness(), FovFrame(64), device="cpu", precision="float32")
+    score_pairs(watched, [set_of_one(tmp_path, size, fov=FOV if own else None)], protocol, progress=False)
+    ((image, fov),) = seen
+    assert np.array_equal(fov, find_fov(image)) if given else fov is None
 
 
-def test_the_threshold_decides(tmp_path):
-    pair = set_of_one(tmp_path)
-    none = score_pairs(segmenter(), [pair], "native", threshold=0.9999, progress=False)
-    assert none["frame"]["pooled"]["recall"] == 0
-
-
-def test_other_colours_are_drawn_the_same_every_time(tmp_path):
-    pair = set_of_one(tmp_path)
-    own = score_pairs(segmenter(), [pair], "native", progress=False)["images"]
-    first, again = (
-        score_pairs(segmenter(), [pair, pair], "native", progress=False, recolour=3)["images"] for _ in "ab"
-    )
-    assert [row["name"] for row in first] == [f"1-colours-{draw}" for draw in (1, 2, 3)] * 2
-    assert [row["frame"] for row in first] == [row["frame"] for row in again]
-    photo = read_photo(pair.image)
-    red = [
-        augment_colour(photo / np.float32(255), Augmentation(), np.random.default_rng([7, 1, draw]))[..., 0]
-        for draw in range(3)
-    ]
-    label = read_photo(pair.mask)[..., 0] > 127
-    expected = [((np.rint(r * 255) < 127.5) == label).mean() for r in red]  # what `Redness` calls vessel
-    assert [row["frame"]["accuracy"] for row in first[3:]] == pytest.approx(expected)
-    assert len({own[0]["frame"]["accuracy"], *expected}) > 2
-    with pytest.raises(UserError, match="--recolour -1"):
-        score_pairs(segmenter(), [pair], "native", recolour=-1)
+def test_samples_come_in_order_and_an_unreadable_file_is_named(tiny_set, tmp_path):
+    first, *others = list_pairs(tiny_set, "train")
+    pairs = [first, *others, replace(first, image=tmp_path / "odd.png"), *others]
+    samples = predict_pairs(segmenter(), pairs, get_protocol("native"), lambda sample: sample.name)
+    assert [next(samples) for _ in range(4)] == [pair.name for pair in pairs[:4]]
+    with pytest.raises(UserError, match="odd.png"):
+        next(samples)
 
 
 def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):
     value = test(tiny_run, tiny_set, tmp_path, progress=False)
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "metrics.json",
-        "metrics.csv",
-        "images",
-        "contact_sheet.png",
-        "curves_test.png",
-    }
-    assert {p.name for p in (tmp_path / "images").iterdir()} == {"0.png", "0_errors.png", "1.png", "1_errors.png"}
-    assert read_photo(tmp_path / "images" / "0.png").shape == (512, 3 * 512 + 20, 3)
-    assert written["protocol"]["selected_on"] == "test" and written["protocol"]["size"] == "512x512"
-    assert written["model"]["parameters"] == 664_071
-    for region in ("frame", "fov"):
-        per_photo = [image[region]["f1"] for image in written["images"]]
-        assert written[region]["mean"]["f1"] == pytest.approx(np.mean(per_photo))
-        assert set(written[region]) == {"mean", "std", "pooled", "ci95"}
+    written = read_json(tmp_path / "metrics.json")
+    pictures = {f"images/{name}.png" for name in ("0", "0_errors", "1", "1_errors")}
+    files = {"metrics.json", "metrics.csv", "contact_sheet.png", "curves_test.png", *pictures}
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")} == files
+    assert read_image(tmp_path / "images" / "0.png").shape == (512, 3 * 512 + 20, 3)
+    assert [written["protocol"][key] for key in ("selected_on", "size", "images")] == ["test", "512x512", 2]
+    assert [written["model"][key] for key in ("parameters", "epoch", "unfinished")] == [664_071, 1, None]
+    assert written["model"]["frame"] == {"kind": "resize", "size": [96, 96]}
+    by_image = [image["fov"]["f1"] for image in written["images"]]
+    assert written["fov"]["mean"]["f1"] == pytest.approx(np.mean(by_image))
+    assert set(written["frame"]) == {"mean", "std", "pooled", "ci95"}
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [row["name"] for row in rows] == ["0", "1"]
     assert float(rows[1]["fov_auc"]) == pytest.approx(written["images"][1]["fov"]["auc"], abs=1e-6)
     five = written["frame"]["mean"]
     assert original_lines(value)[0].startswith(f"Jaccard: {five['jaccard']:.4f} - F1: {five['f1']:.4f} - Recall: ")
-    assert "chosen on the test photos" in table(value)
+    assert "chosen on the test images" in table(value) and "not finished" not in table(value)
+    with pytest.raises(UserError, match="metrics.json: holds other scores"):
+        test(tiny_run, tiny_set, tmp_path, "native", progress=False)
+    assert read_json(tmp_path / "metrics.json") == written
+
+
+def test_scores_of_an_unfinished_training_say_so(tiny_run, tiny_set, tmp_path):
+    config = read_json(tiny_run / "config.json")
+    config["config"]["epochs"] = 3
+    write_json(tmp_path / "config.json", config)
+    for name in ("checkpoint.pth", "history.csv"):
+        (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
+    value = test(tmp_path, tiny_set, tmp_path, progress=False, pictures=False)
+    assert value["model"]["epoch"] == 1 and "note: the training is not finished: 1 of 3 epochs" in table(value)
 
 
 def test_undefined_scores_are_null_not_zero(tiny_run, tmp_path):
-    for part in ("image", "mask"):
-        (tmp_path / "set" / "test" / part).mkdir(parents=True)
-    write_picture(tmp_path / "set/test/image/a.png", np.full((32, 32, 3), 90, np.uint8))
-    write_picture(tmp_path / "set/test/mask/a.png", np.zeros((32, 32), np.uint8))
-    test(tiny_run, tmp_path / "set", tmp_path / "out", "native", progress=False)
-    written = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert written["frame"]["mean"]["recall"] is None and written["frame"]["mean"]["auc"] is None
-    assert written["frame"]["mean"]["accuracy"] is not None
+    for part, pixels in (("image", np.full((32, 32, 3), 90, np.uint8)), ("mask", np.zeros((32, 32), np.uint8))):
+        (tmp_path / "set/test" / part).mkdir(parents=True)
+        write_image(tmp_path / "set/test" / part / "a.png", pixels)
+    value = test(tiny_run, tmp_path / "set", tmp_path / "out", "native", progress=False)
+    written = read_json(tmp_path / "out/metrics.json")
+    assert [written["frame"]["mean"][name] is None for name in ("recall", "auc", "accuracy")] == [True, True, False]
+    assert table(value) == table(written) and "nan" not in table(value)
 
 
-def test_an_unknown_protocol_is_refused(tiny_set):
-    with pytest.raises(UserError, match="--protocol best"):
-        score_pairs(segmenter(), list_pairs(tiny_set, "test"), "best")
+def test_the_folder_of_scores_names_what_is_unusual():
+    assert default_output("run", "notebook", "test", False, None).parts == ("run",)
+    assert default_output("run", "native", "validation", True, 600).parts == ("run", "validation-native-tta-600")
 
 
 @pytest.mark.real
 def test_the_second_observer_of_drive_scores_as_measured_elsewhere(real_data):
-    root = real_data / "DRIVE/test"
-    pairs = [
-        Pair(
-            f"{i:02d}",
-            root / f"images/{i:02d}_test.tif",
-            root / f"1st_manual/{i:02d}_manual1.gif",
-            f"{i:02d}",
-            f"{i:02d}",
-            root / f"mask/{i:02d}_test_mask.gif",
-            root / f"2nd_manual/{i:02d}_manual2.gif",
-        )
-        for i in range(1, 21)
-    ]
+    paths = ("images/{}_test.tif", "1st_manual/{}_manual1.gif", "mask/{}_test_mask.gif", "2nd_manual/{}_manual2.gif")
+    pairs = []
+    for i in (f"{i:02d}" for i in range(1, 21)):
+        image, mask, *others = (real_data / "DRIVE/test" / path.format(i) for path in paths)
+        pairs.append(Pair(i, image, mask, i, i, *others))
     scores = score_pairs(segmenter((64, 64)), pairs, "native", progress=False)["second_observer"]["fov"]
-    # the published measurement: means over photos, Matthews' correlation over pooled pixels
+    # the published measurement: means over images, Matthews' correlation over pooled pixels
     assert scores["mean"]["f1"] == pytest.approx(0.7881, abs=5e-5)
     assert scores["mean"]["accuracy"] == pytest.approx(0.9473, abs=5e-5)
     assert scores["pooled"]["mcc"] == pytest.approx(0.7591, abs=5e-5)

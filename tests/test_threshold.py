@@ -1,97 +1,74 @@
-"""The threshold that held-out photos choose: the curves against scikit-learn's, the choice, what is refused."""
-
-import csv
+"""The threshold that held-out images choose: the curves against scikit-learn's, the choice, what is refused."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from sklearn.metrics import f1_score
 
-from retina_seg import cli
-from retina_seg.metrics import threshold_scores
-from retina_seg.predict import Segmenter
-from retina_seg.test import held_out_pairs, prepare_pair
-from retina_seg.threshold import choose, threshold, threshold_curves
-from retina_seg.train import TrainConfig, fit
-from retina_seg.utils import UserError
+from retina_seg.analysis.threshold import best_on, choose, held_out_folds, threshold, threshold_curves
+from retina_seg.config import TrainConfig
+from retina_seg.inference.protocol import get_protocol, predict_pairs
+from retina_seg.inference.segmenter import Segmenter
+from retina_seg.metrics import THRESHOLDS
+from retina_seg.train import fit
+from retina_seg.utils import UserError, read_csv
 
 
 @pytest.fixture(scope="module")
-def lots(tiny_set, tmp_path_factory):
-    """Two trainings of seconds that hold out one lot of two photos each."""
+def runs(tiny_set, tmp_path_factory):
+    """Two trainings of seconds that hold out one fold of two images each."""
     folders = []
     for fold in (0, 1):
-        folder = tmp_path_factory.mktemp("lots") / str(fold)
+        folders.append(tmp_path_factory.mktemp("folds") / str(fold))
         config = TrainConfig.fast(
-            **{"data": str(tiny_set), "output": str(folder), "model_arguments": {"width": 4, "deepest": 8, "fine": 4}},
-            **{"size": 32, "repeats": 4, "epochs": 2, "fov_diameter": None, "precision": "float32"},
-            **{"validation": "photos", "held_out": 2, "fold": fold},
+            **{"data": str(tiny_set), "output": str(folders[-1]), "validation": "photos", "held_out": 2, "fold": fold},
+            **{"model_arguments": {"width": 4, "deepest": 8, "fine": 4}, "fov_diameter": None, "size": 32},
+            **{"patches": 4, "epochs": 2, "precision": "float32"},
         )
         fit(config, progress=False)
-        folders.append(folder)
     return folders
 
 
-def test_scores_by_threshold_are_scikit_learns():
-    rng = np.random.default_rng(5)
-    label, probability = rng.random(300) < 0.2, np.round(rng.random(300), 2)  # many lie on a threshold
-    found = threshold_scores(label, probability)
-    others = {"f1": f1_score, "recall": recall_score, "precision": precision_score, "accuracy": accuracy_score}
-    for number in (0, 24, 49, 74):
-        for name, other in others.items():
-            expected = other(label, probability > (number + 1) / 100)
-            assert found[name][number] == pytest.approx(expected), (name, number)
-
-
-def test_what_no_photo_defines_is_nan_and_no_warning():
-    empty = threshold_scores(np.zeros(4, bool), np.zeros(4))
-    assert np.isnan(empty["f1"]).all() and np.isnan(empty["recall"]).all() and (empty["accuracy"] == 1).all()
-
-
 def test_accuracy_chooses_among_thresholds_of_nearly_the_best_f1():
-    curves = {
-        "threshold": np.array([0.3, 0.4, 0.5, 0.6, 0.7]),
-        "f1": np.array([0.80, 0.81, 0.8099, 0.8096, 0.80]),
-        "accuracy": np.array([0.90, 0.91, 0.92, 0.93, 0.99]),
-    }
-    assert choose(curves) == {"f1": 0.4, "accuracy": 0.6}
-    curves["f1"][1] = np.nan
-    assert choose(curves)["f1"] == 0.5
+    f1, accuracy = np.full(99, 0.7), np.full(99, 0.8)
+    f1[29:34] = (0.80, 0.81, 0.8099, 0.8096, 0.80)  # thresholds 0.30 to 0.34
+    accuracy[29:34] = (0.90, 0.91, 0.92, 0.93, 0.99)
+    assert choose({"f1": f1, "accuracy": accuracy}) == {"f1": 0.31, "accuracy": 0.33}
+    f1[30] = np.nan
+    assert choose({"f1": f1, "accuracy": accuracy})["f1"] == 0.32
+    f1[31:60] = 0.9
+    assert choose({"f1": f1, "accuracy": accuracy})["f1"] == 0.32  # the lowest of equals
 
 
 @pytest.mark.parametrize("protocol", ["native", "notebook"])
-def test_every_photo_is_scored_by_the_run_that_had_not_seen_it(lots, tiny_set, protocol):
-    curves = threshold_curves(lots, tiny_set, protocol, progress=False)
-    pairs = [(run, pair) for run in lots for pair in held_out_pairs(run, tiny_set)]
-    assert curves["photos"] == [pair.name for _, pair in pairs] and len(set(curves["photos"])) == 4
+def test_every_image_is_scored_by_the_run_that_had_not_seen_it(runs, tiny_set, protocol):
+    folds = held_out_folds(runs, tiny_set)
+    assert len({pair.name for _, pairs in folds for pair in pairs}) == 4
+    curves = threshold_curves(folds, protocol, progress=False)
     by_hand = []
-    for run, pair in pairs:
-        photo, label, fov, *_ = prepare_pair(pair, protocol)
-        probability = Segmenter.load(run, precision="float32")(photo, everywhere=protocol == "notebook")
-        inside = np.ones_like(fov) if protocol == "notebook" else fov
-        by_hand.append(f1_score((label > 127)[inside], (probability > 0.2)[inside]))
-    assert curves["f1"][19] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    for run, pairs in folds:
+        for sample in predict_pairs(Segmenter.load(run, precision="float32"), pairs, get_protocol(protocol)):
+            inside = np.ones_like(sample.fov) if protocol == "notebook" else sample.fov
+            pixels = sample.mask[inside], sample.probability[inside]
+            by_hand.append([f1_score(pixels[0], pixels[1] > cut, zero_division=np.nan) for cut in THRESHOLDS[9::10]])
+    assert curves["f1"][9::10] == pytest.approx(np.nanmean(by_hand, axis=0), abs=1e-6)
+    if protocol == "native":
+        alone = threshold_curves(folds[:1], progress=False)["f1"]
+        assert best_on(*folds[0]) == THRESHOLDS[np.nanargmax(alone)]
 
 
-def test_table_and_picture_are_written(lots, tiny_set, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert cli.main(["threshold", *map(str, lots), "--data", str(tiny_set), "--output", str(output)]) == 0
-    said = capsys.readouterr().out
-    assert "4 held-out photos, native, field of view" in said and "highest F1" in said
-    rows = list(csv.DictReader((output / "thresholds.csv").read_text().splitlines()))
-    assert len(rows) == 99 and rows[49]["threshold"] == "0.50"
-    curves = threshold_curves(lots, tiny_set, progress=False)
+def test_table_and_figure_are_written(runs, tiny_set, tmp_path):
+    lines = threshold(runs, tiny_set, tmp_path / "out", progress=False)
+    assert lines[0] == "4 held-out images, native, field of view" and any("highest F1" in line for line in lines)
+    rows = read_csv(tmp_path / "out/thresholds.csv", ["threshold", "f1", "recall", "precision", "accuracy"])
+    assert len(rows) == 99 and float(rows[49]["threshold"]) == 0.5
+    curves = threshold_curves(held_out_folds(runs, tiny_set), progress=False)
     assert float(rows[49]["accuracy"]) == pytest.approx(curves["accuracy"][49], abs=1e-6)
-    assert (output / "thresholds.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "out/thresholds.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_photo_held_out_twice_is_refused(lots, tiny_set, tmp_path):
-    with pytest.raises(UserError, match="holds out photo .* as .* does"):
-        threshold([lots[0], lots[0]], tiny_set, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_run_that_held_out_nothing_is_refused(tiny_run, tiny_set, tmp_path, capsys):
-    arguments = ["threshold", str(tiny_run), "--data", str(tiny_set), "--output", str(tmp_path / "out")]
-    assert cli.main(arguments) == 2
-    assert "held out no training photos" in capsys.readouterr().err
+def test_what_was_held_out_twice_or_not_at_all_is_refused(runs, tiny_run, tiny_set, tmp_path):
+    with pytest.raises(UserError, match="both hold out .*give the folds of one draw"):
+        threshold([runs[0], runs[0]], tiny_set, tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="held out no training photos"):
+        threshold([tiny_run], tiny_set, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

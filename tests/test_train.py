@@ -1,30 +1,42 @@
-"""Training: recipes, one pass, the loop and its folder, splits that never leak, resuming."""
+"""Training: one pass worked by hand, the loop and its folder, selection, splits that never leak."""
 
+import contextlib
 import csv
+import itertools
 import json
 import math
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score
+from test_config import check_options_exist
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
 
 from retina_seg import train as training
-from retina_seg.data import WholePhotos
+from retina_seg.checkpoint import LAST, load_checkpoint, load_last
+from retina_seg.config import TrainConfig
+from retina_seg.data import DriveDataset, list_pairs, load_with_fov
+from retina_seg.device import training_layout
+from retina_seg.images import read_grey, write_image
+from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss
-from retina_seg.model import load_checkpoint
-from retina_seg.train import TrainConfig, WeightAverage, evaluate, fit, learning_rate_share, split_set, train
-from retina_seg.utils import UserError
+from retina_seg.model import attention_unet
+from retina_seg.sets.layout import mask_remarks
+from retina_seg.train import NotFinite, evaluate, fit, split_set, train
+from retina_seg.transforms import frame_from_dict
+from retina_seg.utils import UserError, seeding
 
 
-def tiny(tiny_set, folder, **changes) -> TrainConfig:
-    """A recipe of seconds on the fast network."""
-    recipe = {"size": 32, "repeats": 2, "epochs": 2, "batch_size": 2, "precision": "float32"}
-    recipe |= {"fov_diameter": None, "working_diameter": None}  # as small as they are
-    arguments = {"width": 4, "deepest": 8, "fine": 4}
-    return TrainConfig.fast(
-        **{**recipe, "data": str(tiny_set), "output": str(folder), "model_arguments": arguments, **changes}
-    )
+def tiny(data, folder, **changes) -> TrainConfig:
+    """A config of a second: two epochs of two steps of the fast network, at the images' own scale."""
+    small = {"size": 32, "patches": 4, "epochs": 2, "precision": "float32", "fov_diameter": None}
+    small["model_arguments"] = {"width": 4, "deepest": 8, "fine": 4}
+    return TrainConfig.fast(**{**small, "data": str(data), "output": str(folder), **changes})
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
@@ -35,135 +47,160 @@ def same_weights(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Runs draw no curves.png, which takes longer than these trainings."""
+    monkeypatch.setattr("retina_seg.visualize.save_curves", lambda *_, **__: None)
+
+
+class Killed(BaseException):
+    """Stands for the end of a process that is asked nothing."""
+
+
+def die():
+    raise Killed
+
+
+@contextlib.contextmanager
+def at_step(number, call):
+    """`call` is made within the `number`-th step from now."""
+    count = itertools.count(1)
+    handle = register_optimizer_step_post_hook(lambda *_: call() if next(count) == number else None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------- one pass
+
+
 class Shift(nn.Module):
     """One number added to the first channel: a network whose training can be followed by hand."""
 
-    def __init__(self, start: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.tensor(start))
+        self.shift = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, x):
         return x[:, :1] + self.shift
 
 
-def test_notebook_recipe_is_the_originals():
-    recipe = TrainConfig.notebook()
-    assert (recipe.seed, recipe.batch_size, recipe.learning_rate, recipe.epochs) == (42, 2, 1e-4, 10)
-    assert (recipe.model, recipe.frame, recipe.size, recipe.loss) == ("attention_unet", "squeeze", 512, "dice_bce")
-    assert (recipe.validation, recipe.keep) == ("test", "best")
-    assert recipe.warmup is None and recipe.weight_decay == recipe.ema == recipe.clip == 0
+def one_pass(model, targets, loss_fn=nn.functional.mse_loss, **options) -> float:
+    batches = [(torch.zeros(1, 3, 2, 2), torch.full((1, 1, 2, 2), target)) for target in targets]
+    return train(model, batches, torch.optim.SGD(model.parameters(), lr=0.25), loss_fn, "cpu", **options)
 
 
-def test_general_sees_large_photos_larger_and_its_weights_say_so(tiny_set, tmp_path):
-    recipe = TrainConfig.general()
-    assert (recipe.fov_diameter, recipe.largest_diameter) == (720, 1080)
-    fit(tiny(tiny_set, tmp_path, largest_diameter=200.0), progress=False)
-    frame = load_checkpoint(tmp_path / "checkpoint.pth")["frame"]
-    assert frame["largest_diameter"] == 200 and set(frame) == {"kind", "fov_diameter", "largest_diameter"}
-
-
-def test_train_returns_the_mean_loss_and_takes_a_plain_gradient_step():
-    model = Shift()
-    batches = [(torch.zeros(1, 3, 2, 2), torch.full((1, 1, 2, 2), target)) for target in (1.0, 3.0)]
-    loss = train(model, batches, torch.optim.SGD(model.parameters(), lr=0.25), nn.functional.mse_loss, "cpu")
-    # step 1: loss (0-1)^2 = 1, gradient -2, shift 0.5; step 2: loss (0.5-3)^2 = 6.25, gradient -5, shift 1.75
-    assert loss == pytest.approx((1 + 6.25) / 2)
-    assert model.shift.item() == pytest.approx(1.75)
+# step 1: loss (0-1)^2 = 1, gradient -2, shift 0.5; step 2: loss (0.5-3)^2 = 6.25, gradient -5, shift 1.75
+# gradients of norm 1: shift 0.25, then loss (0.25-3)^2 = 7.5625, shift 0.5
+@pytest.mark.parametrize(("clip", "losses", "shift"), [(0.0, (1, 6.25), 1.75), (1.0, (1, 7.5625), 0.5)])
+def test_train_returns_the_mean_loss_and_takes_plain_gradient_steps(clip, losses, shift):
+    model, seen = Shift(), []
+    loss = one_pass(model, (1.0, 3.0), clip=clip, after_step=lambda: seen.append(model.shift.item()))
+    assert loss == pytest.approx(np.mean(losses))
+    assert model.shift.item() == pytest.approx(shift, abs=1e-5)
+    assert len(seen) == 2 and seen[-1] == model.shift.item()
 
 
 def test_evaluate_returns_the_mean_loss_and_changes_nothing():
-    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1))
+    model, loss_fn = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1)), DiceBCELoss()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = [(torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4).round()) for _ in range(3)]
-    loss = evaluate(model, batches, DiceBCELoss(), torch.device("cpu"))
-    with torch.no_grad():
-        expected = sum(DiceBCELoss()(model(x), y).item() for x, y in batches) / 3
-    assert loss == pytest.approx(expected, rel=1e-5)
+    loss = evaluate(model, batches, loss_fn, torch.device("cpu"))
+    assert loss == pytest.approx(sum(loss_fn(model(x), y).item() for x, y in batches) / 3, rel=1e-5)
     assert same_weights(before, model.state_dict())
 
 
+def test_the_f1_of_a_validation_is_that_of_each_image():
+    logits = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0]]).view(3, 1, 2, 2)
+    masks = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.4], [0.0, 0.0, 0.0, 0.0]]).view(3, 1, 2, 2)
+    f1 = []
+    evaluate(Shift(), zip(logits.repeat(1, 3, 1, 1).split(2), masks.split(2), strict=True), DiceBCELoss(), "cpu", f1=f1)
+    assert torch.cat(f1).tolist() == pytest.approx([2 / 4, 6 / 7, 0])  # 2 TP / (predicted + true)
+
+
 def test_an_empty_loader_is_an_error_not_a_division_by_zero():
-    with pytest.raises(ValueError, match="empty"):
-        evaluate(Shift(), [], DiceBCELoss(), "cpu")
+    for call in (lambda: evaluate(Shift(), [], DiceBCELoss(), "cpu"), lambda: one_pass(Shift(), [])):
+        with pytest.raises(ValueError, match="empty"):
+            call()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step():
+@pytest.mark.parametrize(("targets", "what"), [((0.0, math.inf), "loss .* step 2"), ((0.0, 0.0), "gradient .* step 1")])
+def test_what_is_not_finite_stops_before_the_step(targets, what):
+    loss_fn = nn.functional.mse_loss if "loss" in what else lambda x, _: x.sqrt().sum()  # its slope at 0 is infinite
     model = Shift()
-    batches = [(torch.full((1, 3, 2, 2), math.inf), torch.zeros(1, 1, 2, 2))]
-    with pytest.raises(FloatingPointError, match="step 1"):
-        train(model, batches, torch.optim.SGD(model.parameters(), lr=1.0), nn.functional.mse_loss, "cpu")
+    with pytest.raises(NotFinite, match=what):
+        one_pass(model, targets, loss_fn)
     assert model.shift.item() == 0
 
 
-def test_weight_average_follows_the_formula_and_copies_counters():
-    model = nn.BatchNorm1d(1)
-    average = WeightAverage(model, 0.5)
-    with torch.no_grad():
-        model.weight.fill_(3.0)
-    model.num_batches_tracked += 7
-    average.update(model, step=1)  # decay min(0.5, 2/11): share 9/11 of the new
-    assert average.model.weight.item() == pytest.approx(1 * 2 / 11 + 3 * 9 / 11)
-    average.update(model, step=1000)  # decay 0.5
-    expected = (1 * 2 / 11 + 3 * 9 / 11 + 3) / 2
-    assert average.model.weight.item() == pytest.approx(expected)
-    assert average.model.num_batches_tracked.item() == 7
-
-
-def test_the_learning_rate_rises_then_falls_to_zero():
-    shares = [learning_rate_share(step, 100, 0.1) for step in range(101)]
-    assert shares[0] == pytest.approx(0.1) and shares[9] == pytest.approx(1) and shares[10] == pytest.approx(1)
-    assert shares[55] == pytest.approx(0.5) and shares[100] == pytest.approx(0, abs=1e-9)
-    assert all(a >= b for a, b in zip(shares[10:], shares[11:], strict=False))
-    assert learning_rate_share(7, 10, None) == 1
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 
 def test_fit_writes_the_run_folder(tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
-    assert names == {"config.json", "history.csv", "curves.png", "checkpoint.pth", "last.pth"}
+    assert names == {"config.json", "history.csv", "curves.png", "checkpoint.pth", LAST}
     config = json.loads((tiny_run / "config.json").read_text())
-    assert config["recipe"]["preset"] == "notebook" and config["parameters"] == 664_071
-    assert len(config["training"]) == 4 and len(config["validation"]) == 2
+    assert config["config"]["preset"] == "notebook" and config["parameters"] == 664_071
     assert {"torch", "numpy"} <= set(config["environment"]["packages"])
     rows = list(csv.DictReader((tiny_run / "history.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1"]
-    assert 0 < float(rows[0]["train_loss"]) < 3 and 0 < float(rows[0]["validation_loss"]) < 3
     notes = load_checkpoint(tiny_run / "checkpoint.pth")
-    assert notes["frame"] == {"kind": "squeeze", "size": [96, 96]}
-    assert notes["selected_on"] == "test"
+    assert notes["frame"] == {"kind": "resize", "size": [96, 96]} and notes["selected_on"] == "test"
 
 
-def test_fit_learns(tiny_set, tmp_path):
-    run = fit(tiny(tiny_set, tmp_path, epochs=6, repeats=8, learning_rate=1e-2), progress=False)
-    losses = [row["train_loss"] for row in run.history]
-    assert losses[-1] < losses[0] - 0.05
+def test_the_notebook_preset_trains_as_the_originals_loop_to_the_bit(tiny_set, tmp_path):
+    data = Path(shutil.copytree(tiny_set, tmp_path / "set"))
+    (data / "photos.csv").unlink()
+    for path in data.glob("train/*/2.png"):
+        path.rename(path.with_name("10.png"))  # which a glob has before 3
+    files = [sorted((data / part / kind).iterdir()) for part in ("train", "test") for kind in ("image", "mask")]
+    config = TrainConfig.notebook(data=str(data), output=str(tmp_path), size=50, epochs=2, precision="float32")
+    run = fit(config, progress=False)
+    seeding(42)
+    datasets = [DriveDataset(images, masks, (48, 48)) for images, masks in (files[:2], files[2:])]  # a stride of 8
+    loaders = [DataLoader(datasets[0], 2, shuffle=True), DataLoader(datasets[1], 2)]
+    layout = training_layout(torch.device("cpu"), torch.float32)  # as `fused` below: the order of sums, no more
+    model, loss_fn = attention_unet().to(memory_format=layout), DiceBCELoss()
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True), []
+    for _ in range(2):
+        model.train()
+        for x, y in loaders[0]:
+            optimizer.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            losses.append(np.mean([loss_fn(model(x), y).item() for x, y in loaders[1]]))
+    assert [row["validation_loss"] for row in run.history] == pytest.approx(losses, rel=1e-6)
+    assert same_weights(load_last(tmp_path)["model"], model.state_dict())
+
+
+def test_fit_learns_and_keeps_the_ema_weights(tiny_set, tmp_path):
+    config = tiny(tiny_set, tmp_path, epochs=6, patches=16, learning_rate=1e-2, ema=0.9)
+    history = fit(config, progress=False).history
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.05
+    last = load_last(tmp_path)
+    assert same_weights(weights_of(tmp_path), last["ema"]) and not same_weights(last["ema"], last["model"])
 
 
 def test_the_best_epoch_is_the_one_with_the_lowest_validation_loss(tiny_set, tmp_path, monkeypatch):
-    by_epoch = iter([(0.9, 0.1), (0.5, 0.2), (0.7, 0.3)])
-    monkeypatch.setattr(training, "evaluate_with_f1", lambda *_: next(by_epoch))
+    losses, real = iter((0.9, 0.5, 0.7)), training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *arguments: next(losses) + 0 * real(*arguments))
     run = fit(tiny(tiny_set, tmp_path, epochs=3, validation="photos", held_out=1, keep="best"), progress=False)
-    assert run.best == 2
-    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert run.best == load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert not same_weights(weights_of(tmp_path), load_last(tmp_path)["ema"])  # those of the third
 
 
-def test_the_averaged_weights_are_the_ones_kept(tiny_set, tmp_path):
-    fit(tiny(tiny_set, tmp_path, ema=0.9), progress=False)
-    last = torch.load(tmp_path / "last.pth", weights_only=True)
-    assert same_weights(weights_of(tmp_path), last["average"])
-    assert not same_weights(weights_of(tmp_path), last["model"])
-
-
-def test_the_threshold_is_chosen_on_held_out_photos_and_stored(tiny_set, tmp_path):
+def test_the_threshold_is_chosen_on_held_out_images_and_stored(tiny_set, tmp_path):
     config = tiny(tiny_set, tmp_path, validation="photos", held_out=1, threshold="validation", epochs=1)
     run = fit(config, progress=False)
     notes = load_checkpoint(tmp_path / "checkpoint.pth")
-    assert notes["threshold_from"] == "validation"
-    pair = split_set(config)[1][0]
-    photo, label = (x[None] for x in WholePhotos([pair], notes["frame"]["fov_diameter"], 8)[0])
-    with torch.no_grad():
-        probability = torch.sigmoid(run.model(photo)).numpy().ravel()
-    truth = label.numpy().ravel() > 0.5
-    f1 = [f1_score(truth, probability > t / 100, zero_division=0) for t in range(1, 100)]
+    assert notes["threshold_from"] == "validation" and same_weights(weights_of(tmp_path), run.model.state_dict())
+    image, mask, fov = load_with_fov(split_set(config)[1][0])
+    probability = Segmenter(run.model, frame_from_dict(notes["frame"]), precision="float32")(image)[fov]
+    f1 = [f1_score(mask[fov] > 127, probability > t / 100, zero_division=0) for t in range(1, 100)]
     assert notes["threshold"] == pytest.approx((1 + f1.index(max(f1))) / 100)
 
 
@@ -174,111 +211,61 @@ def test_one_seed_one_result_and_another_seed_another(tiny_set, tmp_path):
     assert not same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
 
 
-def test_batches_made_beside_the_network_or_between_steps_are_the_same(tiny_set, tmp_path, monkeypatch):
-    for beside in (True, False):
-        monkeypatch.setattr(training, "core_to_spare", lambda *_, beside=beside: beside)
-        fit(tiny(tiny_set, tmp_path / str(beside)), progress=False)
-    assert same_weights(weights_of(tmp_path / "True"), weights_of(tmp_path / "False"))
-
-
-@pytest.mark.parametrize(
-    ("cores", "threads", "processes", "spare"), [(2, 2, 1, False), (2, 1, 1, True), (8, 2, 4, False), (8, 2, 3, True)]
-)
-def test_batches_are_made_beside_the_network_where_it_leaves_a_core(cores, threads, processes, spare, monkeypatch):
-    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert training.core_to_spare(torch.device("cpu"), processes) == spare
-    assert training.core_to_spare(torch.device("cuda"), processes)
-
-
-def test_a_resumed_run_ends_with_the_same_weights(tiny_set, tmp_path, monkeypatch):
-    fit(tiny(tiny_set, tmp_path / "whole", epochs=3), progress=False)
-    real, calls = training.save_last, []
-
-    def stop_after_the_second_epoch(*arguments):
-        real(*arguments)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "save_last", stop_after_the_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tiny(tiny_set, tmp_path / "broken", epochs=3), progress=False)
-    monkeypatch.undo()
-    torch.rand(5)  # the random state of the new process is another
-    run = fit(tiny(tiny_set, tmp_path / "broken", epochs=3), resume=True, progress=False)
-    assert [row["epoch"] for row in run.history] == [1, 2, 3]
-    assert same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken"))
-
-
-def test_a_recipe_repeats_from_its_config(tiny_set, tmp_path):
-    config = tiny(tiny_set, tmp_path, seed=5, augmentation={"bend": 0.0})
+@pytest.mark.parametrize(("validation", "held_out"), [("photos", 1), ("test", 2), ("none", 0)])
+def test_held_out_images_are_not_trained_on(tiny_set, tmp_path, validation, held_out):
+    kept = "best" if held_out else "last"
+    config = tiny(tiny_set, tmp_path, validation=validation, held_out=1, epochs=1, keep=kept, largest_diameter=200.0)
     fit(config, progress=False)
     assert TrainConfig.from_json(tmp_path / "config.json") == config
-
-
-def test_held_out_photos_are_not_trained_on(tiny_set, tmp_path):
-    config = tiny(tiny_set, tmp_path, validation="photos", held_out=1, epochs=1)
-    fit(config, progress=False)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert len(written["validation"]) == 1 and len(written["training"]) == 3
-    assert not set(written["validation"]) & set(written["training"])
     assert [pair.name for pair in split_set(config)[1]] == written["validation"]
+    assert len(written["validation"]) == held_out
+    notes = load_checkpoint(tmp_path / "checkpoint.pth")
+    expected = {"0", "1", "2", "3"} - (set(written["validation"]) if validation == "photos" else set())
+    assert set(written["training"]) == set(notes["trained_on"]) == expected
+    assert notes["selected_on"] == {"photos": "validation", "test": "test", "none": "nothing"}[validation]
+    assert notes["frame"]["largest_diameter"] == 200
 
 
-@pytest.mark.real
-def test_variants_of_one_photo_stay_on_one_side_of_the_kaggle_set(real_data):
-    train_pairs, validation = split_set(TrainConfig(data=str(real_data / "Data1"), held_out=4))
-    assert (len(train_pairs), len(validation)) == (64, 16)
-    sides = [{int(pair.name) // 4 for pair in side} for side in (train_pairs, validation)]
-    assert not sides[0] & sides[1]
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"epochs": 0}, "--epochs 0"),
-        ({"batch_size": 0}, "--batch-size 0"),
-        ({"learning_rate": 0.0}, "--learning-rate"),
-        ({"loss": "hinge"}, "--loss hinge"),
-        ({"weight_decay": -1.0}, "weight decay -1"),
-        ({"clip": -1.0}, "clip -1"),
-        ({"warmup": 1.0}, "warm-up 1.0"),
-        ({"frame": "oval"}, "--frame oval"),
-        ({"frame": "fov", "fov_diameter": 60.0, "largest_diameter": 50.0}, "largest_diameter 50"),
-        ({"frame": "fov", "fov_diameter": 60.0, "largest_diameter": 1e9}, "largest_diameter 1000000000"),
-        ({"keep": "best", "validation": "none"}, "--keep best"),
-        ({"threshold": "validation", "validation": "none"}, "--threshold validation"),
-        ({"threshold": "validation", "validation": "test"}, "--threshold validation"),
-        ({"augmentation": {"twirl": 1}}, "twirl"),
-        ({"model": "resnet"}, "resnet"),
+        ({"loss": "hinge"}, "--loss hinge: unknown; choose one of dice_bce, dice"),
+        ({"fov_diameter": 1e9}, "--fov-diameter 1000000000"),
+        ({"fov_diameter": 60.0, "largest_diameter": 50.0}, "--largest-diameter 50"),
+        ({"augmentation": {"twirl": 1}}, "--augmentation twirl: unknown"),
+        ({"augmentation": {"bend": -1}}, "--augmentation bend -1: must be a number from 0 on"),
         ({"model_arguments": {"colour": 1}}, "colour"),
         ({"device": "tpu9"}, "--device tpu9"),
-        ({"precision": "int4"}, "--precision int4"),
-        ({"validation": "photos", "held_out": 4}, "hold out 4 of 4"),
+        ({"validation": "photos", "held_out": 4}, "--held-out 4: there are 4 photos"),
+        ({"validation": "photos", "held_out": 2, "fold": 2}, "--fold 2: 4 photos make folds 0 to 1"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(tiny_set, tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_a_config_that_cannot_be_is_refused_before_anything_is_written(tiny_set, tmp_path, changes, said):
+    with pytest.raises(UserError, match=said) as error:
         fit(tiny(tiny_set, tmp_path / "run", **changes), progress=False)
+    check_options_exist(str(error.value))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tiny_set, tiny_run):
-    before = (tiny_run / "checkpoint.pth").read_bytes()
-    with pytest.raises(UserError, match="already holds a run"):
-        fit(TrainConfig.notebook(data=str(tiny_set), output=str(tiny_run), epochs=1, size=96), progress=False)
-    assert (tiny_run / "checkpoint.pth").read_bytes() == before
+@pytest.mark.parametrize(("step", "place"), [(2, "epoch 1: .* at step 2"), (3, "epoch 2: .* at step 1")])
+def test_a_loss_that_is_not_finite_says_where_and_keeps_the_epochs_before(tiny_set, tmp_path, monkeypatch, step, place):
+    count, real = itertools.count(1), training.LOSSES["dice_bce"]
+    monkeypatch.setitem(training.LOSSES, "dice_bce", lambda *a: real(*a) * (math.nan if next(count) == step else 1))
+    with pytest.raises(NotFinite, match=place) as error:
+        fit(tiny(tiny_set, tmp_path), progress=False)
+    check_options_exist(str(error.value))
+    assert (load_last(tmp_path) or {"state": {"epoch": 0}})["state"]["epoch"] == (step - 1) // 2
 
 
-@pytest.mark.parametrize("content", [None, b"", b"torn"])
-def test_resuming_without_a_good_checkpoint_says_so(tiny_set, tmp_path, content):
-    if content is not None:
-        (tmp_path / "last.pth").write_bytes(content)
-    with pytest.raises(UserError, match="last.pth"):
-        fit(tiny(tiny_set, tmp_path), resume=True, progress=False)
-
-
-def test_sizes_that_are_no_multiple_of_the_stride_are_rounded(tiny_set, tmp_path):
-    fit(TrainConfig.notebook(data=str(tiny_set), output=str(tmp_path), epochs=1, size=50), progress=False)
-    assert load_checkpoint(tmp_path / "checkpoint.pth")["frame"]["size"] == [48, 48]
+def test_odd_masks_are_said_as_the_training_starts(tiny_set, tmp_path, capsys):
+    data = Path(shutil.copytree(tiny_set, tmp_path / "set"))
+    first, second, *_ = (pair.mask for pair in list_pairs(data, "train"))
+    write_image(first, read_grey(first) // 255)
+    write_image(second, np.zeros_like(read_grey(second)))
+    fit(tiny(data, tmp_path / "run", epochs=1, frame="resize"), progress=False)
+    lines = mask_remarks(list_pairs(data, "train"))
+    assert len(lines) == 2 and capsys.readouterr().out.splitlines() == lines

@@ -5,25 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from retina_seg import visualize
 from retina_seg.metrics import RankingHistogram
 from retina_seg.utils import UserError
-from retina_seg.visualize import (
-    INVENTED,
-    MISSED,
-    RIGHT,
-    contact_sheet,
-    curves,
-    error_overlay,
-    mask_parse,
-    new_figure,
-    progress_chart,
-    ranking_curves,
-    save_curves,
-    save_figure,
-    shrink,
-    strip,
-    vessel_overlay,
-)
+from retina_seg.visualize import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, error_overlay, mask_parse, save_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -33,190 +18,152 @@ def noise(*shape, seed=0):
 
 
 def test_mask_parse_repeats_the_grey_value_in_three_channels():
-    mask = noise(3, 5)
-    parsed = mask_parse(mask)
-    assert parsed.shape == (3, 5, 3)
-    assert all(np.array_equal(parsed[..., channel], mask) for channel in range(3))
+    assert mask_parse(np.array([[0, 7]], np.uint8)).tolist() == [[[0, 0, 0], [7, 7, 7]]]
 
 
 def test_the_strip_has_the_originals_geometry():
-    photo, mask, prediction = noise(7, 5, 3), noise(7, 5, seed=1), noise(7, 5, seed=2)
-    picture = strip(photo, mask, prediction)
-    assert (picture.shape, picture.dtype) == ((7, 3 * 5 + 20, 3), np.uint8)
-    assert np.array_equal(picture[:, :5], photo)
-    assert (picture[:, 5:15] == 128).all()
-    assert np.array_equal(picture[:, 15:20], mask_parse(mask))
-    assert (picture[:, 20:30] == 128).all()
-    assert np.array_equal(picture[:, 30:], mask_parse(prediction))
+    image, mask, prediction = noise(7, 5, 3), noise(7, 5, seed=1), noise(7, 5, seed=2)
+    strip = visualize.strip(image, mask, prediction)
+    assert (strip.shape, strip.dtype) == ((7, 3 * 5 + 20, 3), np.uint8)
+    assert np.array_equal(strip[:, :5], image)
+    assert (strip[:, 5:15] == 128).all() and (strip[:, 20:30] == 128).all()
+    assert np.array_equal(strip[:, 15:20], mask_parse(mask))
+    assert np.array_equal(strip[:, 30:], mask_parse(prediction))
 
 
 def test_four_pixels_have_the_four_colours_of_an_error_overlay():
-    photo = np.full((2, 2, 3), 100, np.uint8)
+    image = np.full((2, 2, 3), 100, np.uint8)
     mask = np.array([[True, True], [False, False]])
-    prediction = np.array([[True, False], [True, False]])
-    picture = error_overlay(photo, mask, prediction)
-    assert picture.dtype == np.uint8
-    assert [tuple(pixel) for pixel in picture.reshape(4, 3)] == [RIGHT, MISSED, INVENTED, (50, 50, 50)]
-    # green, blue, red: the largest channel says which
-    assert [int(np.argmax(colour)) for colour in (RIGHT, MISSED, INVENTED)] == [1, 2, 0]
+    predicted = np.array([[True, False], [True, False]])
+    colours = [tuple(pixel) for pixel in error_overlay(image, mask, predicted).reshape(4, 3)]
+    assert colours == [TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE, (50, 50, 50)]
+    assert colours[:3] == [(235, 235, 235), (86, 180, 233), (240, 120, 20)]  # light grey, sky blue, orange
 
 
 def test_outside_the_field_of_view_nothing_is_coloured():
-    photo = noise(4, 6, 3)
-    everywhere, nowhere = np.ones((4, 6), bool), np.zeros((4, 6), bool)
-    fov = np.zeros((4, 6), bool)
+    image = noise(4, 6, 3)
+    everywhere, nowhere, fov = np.ones((4, 6), bool), np.zeros((4, 6), bool), np.zeros((4, 6), bool)
     fov[1, 2:4] = True
-    picture = error_overlay(photo, nowhere, everywhere, fov)
-    plain = error_overlay(photo, nowhere, nowhere)
-    assert (picture[fov] == INVENTED).all()
-    assert np.array_equal(picture[~fov], plain[~fov])
+    overlay, plain = error_overlay(image, nowhere, everywhere, fov), error_overlay(image, nowhere, nowhere)
+    assert (overlay[fov] == FALSE_POSITIVE).all()
+    assert np.array_equal(overlay[~fov], plain[~fov])
     assert (plain[..., 0] == plain[..., 1]).all()
 
 
-def test_overlays_leave_their_photo_as_it_was():
-    photo, vessels = noise(4, 6, 3), noise(4, 6) > 127
-    before = photo.copy()
-    error_overlay(photo, vessels, ~vessels)
-    vessel_overlay(photo, vessels)
-    assert np.array_equal(photo, before)
-
-
 def test_the_vessel_overlay_tints_vessels_by_its_opacity_and_nothing_else():
-    photo = np.full((1, 3, 3), 100, np.uint8)
+    image = np.full((1, 3, 3), 100, np.uint8)
     vessels = np.array([[True, False, True]])
-    assert np.array_equal(vessel_overlay(photo, vessels, 0), photo)
-    assert vessel_overlay(photo, vessels, 1)[0].tolist() == [[0, 255, 120], [100, 100, 100], [0, 255, 120]]
-    red, green, blue = vessel_overlay(photo, vessels)[0, 0].tolist()
-    assert (red, green) == (40, 193)
-    assert blue == pytest.approx(112, abs=1)
+    assert np.array_equal(visualize.vessel_overlay(image, vessels, 0), image)
+    assert visualize.vessel_overlay(image, vessels, 1)[0].tolist() == [[0, 255, 120], [100, 100, 100], [0, 255, 120]]
+    assert visualize.vessel_overlay(image, vessels)[0, 0] == pytest.approx((40, 193, 112), abs=1)
+    assert (image == 100).all()  # left as it was
 
 
-def test_shrink_keeps_the_shape_and_never_enlarges():
-    assert shrink(noise(100, 200, 3), 50).shape == (25, 50, 3)
-    assert shrink(noise(100, 200), 50).shape == (25, 50)
-    assert shrink(noise(1, 200, 3), 50).shape == (1, 50, 3)
+def test_shrink_keeps_the_aspect_ratio_and_never_enlarges():
+    shapes = [(100, 200, 3), (100, 200), (1, 200, 3)]
+    assert [visualize.shrink(noise(*shape), 50).shape for shape in shapes] == [(25, 50, 3), (25, 50), (1, 50, 3)]
     small = noise(10, 20, 3)
-    assert shrink(small, 20) is small
-    assert shrink(small, 500) is small
+    assert visualize.shrink(small, 20) is small and visualize.shrink(small, 500) is small
 
 
 @pytest.mark.parametrize(("count", "columns", "rows", "across"), [(1, 4, 1, 1), (5, 2, 3, 2), (4, 4, 1, 4)])
 def test_a_contact_sheet_of_mixed_sizes_has_a_tile_for_each(count, columns, rows, across):
     shapes = [(60, 90), (200, 40), (30, 300), (64, 64), (20, 20)][:count]
-    pictures = [np.full((*shape, 3), 10 + 20 * i, np.uint8) for i, shape in enumerate(shapes)]
-    sheet = contact_sheet(pictures, [f"photo {i}" for i in range(count)], columns=columns, width=64)
-    tallest = max(round(height * min(1, 64 / width)) for height, width in shapes)
-    tile = tallest + 24
-    # a lone tile comes without the 6 px of margin around each
-    expected = (tile, 64, 3) if count == 1 else (rows * (tile + 6) + 6, across * (64 + 6) + 6, 3)
+    images = [np.full((*shape, 3), 10 + 20 * i, np.uint8) for i, shape in enumerate(shapes)]
+    sheet = visualize.contact_sheet(images, [f"image {i}" for i in range(count)], columns=columns, width=64)
+    tile = 24 + max(round(height * min(1, 64 / width)) for height, width in shapes)
+    margin = 0 if count == 1 else 6  # a lone tile comes without the 6 px of margin around each
+    expected = (rows * (tile + margin) + margin, across * (64 + margin) + margin, 3)
     assert (sheet.shape, sheet.dtype) == (expected, np.uint8)
-    margin = 0 if count == 1 else 6
     for i in range(count):
         top, left = margin + i // across * (tile + 6), margin + i % across * (64 + 6)
-        caption, first = sheet[top : top + 24, left : left + 64], sheet[top + 24, left]
-        assert caption.min() < 128  # something is written
-        assert (first == 10 + 20 * i).all()
-
-
-def test_a_contact_sheet_needs_a_caption_a_picture():
+        assert sheet[top : top + 24, left : left + 64].min() < 128  # a caption
+        assert (sheet[top + 24, left] == 10 + 20 * i).all()
     with pytest.raises(ValueError, match="zip"):
-        contact_sheet([noise(4, 4, 3)], ["a", "b"])
+        visualize.contact_sheet(images, ["a"] * (count + 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
 def history(epochs, validated=True):
-    unknown = math.nan
     return [
         {
             "epoch": epoch,
             "train_loss": 1 / epoch,
-            "validation_loss": 1.1 / epoch if validated else unknown,
-            "validation_f1": 1 - 1 / (epoch + 1) if validated else unknown,
+            "validation_loss": 1.1 / epoch if validated else math.nan,
+            "validation_f1": 1 - 1 / (epoch + 1) if validated else math.nan,
+            "seconds": 30.0,
         }
         for epoch in range(1, epochs + 1)
     ]
 
 
-def drawn_lines(axis):
-    return {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+def lines_of(axis):
+    return {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
 
 
-def test_curves_draw_both_losses_and_f1_and_mark_the_kept_epoch():
+def test_curves_show_both_losses_and_f1_and_mark_the_kept_epoch():
     rows = history(5)
-    losses, scores = curves(rows, best=4).axes
-    assert list(drawn_lines(losses)["training"]) == [row["train_loss"] for row in rows]
-    assert list(drawn_lines(losses)["validation"]) == [row["validation_loss"] for row in rows]
+    losses, scores = visualize.curves(rows, best=4).axes
+    assert lines_of(losses)["training"] == [row["train_loss"] for row in rows]
+    assert lines_of(losses)["validation"] == [row["validation_loss"] for row in rows]
     assert set(losses.get_lines()[-1].get_xdata()) == {4}
-    assert any(list(line.get_ydata()) == [row["validation_f1"] for row in rows] for line in scores.get_lines())
+    assert [row["validation_f1"] for row in rows] in lines_of(scores).values()
+    (losses,) = visualize.curves(history(3, validated=False)).axes
+    assert list(lines_of(losses)) == ["training"]
 
 
-def test_curves_without_validation_are_one_picture():
-    (losses,) = curves(history(3, validated=False)).axes
-    assert list(drawn_lines(losses)) == ["training"]
-
-
-@pytest.mark.parametrize("epochs", [1, 40])
-@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize(("epochs", "validated"), [(1, True), (40, False)])
 def test_curves_of_any_length_are_saved_as_png(tmp_path, epochs, validated):
-    path = tmp_path / "curves.png"
-    save_curves(path, history(epochs, validated), best=1)
-    assert path.read_bytes()[:8] == PNG
-    assert [found.name for found in tmp_path.iterdir()] == ["curves.png"]
+    visualize.save_curves(tmp_path / "curves.png", history(epochs, validated), best=1)
+    assert (tmp_path / "curves.png").read_bytes()[:8] == PNG
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+    with pytest.raises(UserError, match="a.png"):
+        save_figure(tmp_path / "missing" / "a.png", visualize.new_figure()[0])
 
 
-def test_ranking_curves_draw_a_line_a_region_with_its_scores(tmp_path):
+def test_ranking_curves_have_a_line_a_region_with_its_scores():
     rng = np.random.default_rng(0)
-    label = rng.random(5000) < 0.2
-    ranking = RankingHistogram()
-    ranking.add(label, np.clip(0.4 * label + 0.6 * rng.random(5000), 0, 1))
-    figure = ranking_curves({"fov": ranking, "frame": ranking, "no vessel": RankingHistogram()})
+    mask, ranking = rng.random(5000) < 0.2, RankingHistogram()
+    ranking.add(mask, np.clip(0.4 * mask + 0.6 * rng.random(5000), 0, 1))
+    figure = visualize.ranking_curves({"fov": ranking, "frame": ranking, "no vessel": RankingHistogram()})
     roc, precision_recall = figure.axes
+    area, precision = ranking.scores()
     regions = ("field of view", "whole frame")
-    assert list(drawn_lines(roc)) == [f"{region}, AUC {ranking.auc():.4f}" for region in regions]
-    score = ranking.average_precision()
-    assert list(drawn_lines(precision_recall)) == [f"{r}, average precision {score:.4f}" for r in regions]
-    for axis in (roc, precision_recall):
-        for line in axis.get_lines():
-            assert all(value.min() >= 0 and value.max() <= 1 for value in line.get_data())
+    assert list(lines_of(roc)) == [f"{region}, AUC {area:.4f}" for region in regions]
+    assert list(lines_of(precision_recall)) == [f"{r}, average precision {precision:.4f}" for r in regions]
+    for line in (*roc.get_lines(), *precision_recall.get_lines()):
+        assert all(value.min() >= 0 and value.max() <= 1 for value in line.get_data())
     x, y = roc.get_lines()[0].get_data()
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
-    area = (np.diff(x) * (y[1:] + y[:-1]) / 2).sum()
-    assert area == pytest.approx(ranking.auc(), abs=0.01)
-    save_figure(tmp_path / "roc.png", figure)
-    assert (tmp_path / "roc.png").read_bytes()[:8] == PNG
-
-
-def test_ranking_curves_of_nothing_to_rank_are_empty_axes(tmp_path):
-    figure = ranking_curves({"fov": RankingHistogram()})
-    assert all(not axis.get_lines() for axis in figure.axes)
-    save_figure(tmp_path / "roc.png", figure)
+    assert (np.diff(x) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(area)
 
 
 def test_figures_leave_matplotlibs_global_state_alone():
     from matplotlib import pyplot
 
     before = pyplot.get_fignums()
-    figure, axes = new_figure(3)
-    curves(history(2))
-    assert len(axes) == len(figure.axes) == 3
-    assert pyplot.get_fignums() == before
+    figure, axes = visualize.new_figure(3)
+    assert len(axes) == len(figure.axes) == 3 and pyplot.get_fignums() == before
 
 
-def test_a_figure_that_cannot_be_saved_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match="a.png"):
-        save_figure(tmp_path / "missing" / "a.png", new_figure()[0])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_progress_is_drawn_over_minutes_with_its_goal_and_its_range():
-    history = [{"seconds": 30.0, "validation_f1": value} for value in (0.6, 0.7, 0.8)]
-    (axis,) = progress_chart({"one": history}).axes
-    (line,) = axis.lines
-    assert line.get_xdata() == pytest.approx([0.5, 1.0, 1.5])
-    assert list(line.get_ydata()) == [0.6, 0.7, 0.8]
+def test_progress_is_shown_over_minutes_with_its_goal_and_its_range():
+    (axis,) = visualize.progress_chart({"one": history(3)}).axes
+    assert axis.lines[0].get_xdata() == pytest.approx([0.5, 1.0, 1.5])
+    assert lines_of(axis)["one"] == [row["validation_f1"] for row in history(3)]
     assert axis.get_ylim() == (0, 1)
-    (axis,) = progress_chart({"one": history}, goal=0.77, lowest=0.65).axes
-    assert axis.get_ylim()[0] == 0.65 and 0.8 <= axis.get_ylim()[1] < 0.9
-    assert set(axis.lines[1].get_ydata()) == {0.77}
+    (axis,) = visualize.progress_chart({"one": history(3)}, goal=0.77, lowest=0.45).axes
+    assert axis.get_ylim()[0] == 0.45 and set(axis.lines[1].get_ydata()) == {0.77}
+
+
+def test_a_gallery_names_the_error_colours_and_heat_maps_their_range(tmp_path):
+    figure = visualize.gallery([noise(20, 30, 3), noise(20, 30) > 9], ["a", "b"], colours=True)
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["true positive", "false negative", "false positive"]
+    figure = visualize.heat_maps(noise(20, 30, 3), "image", {"flat": np.zeros((4, 6)), "ramp": np.arange(101.0)[None]})
+    assert [axis.get_title() for axis in figure.axes] == ["image", "flat\n0 to 0", "ramp\n1 to 99"]
+    ramp = np.asarray(figure.axes[2].images[0].get_array(), int)[0].sum(axis=1)
+    assert ramp[0] < ramp[50] < ramp[100]  # dark to light
+    save_figure(tmp_path / "maps.png", figure)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from retina_seg.check import fingerprint, same_photo
+from retina_seg.predict import WEIGHTS, Segmenter, shipped_weights
+from retina_seg.synthetic import draw_photo
 
 from retina_seg import cli
-from retina_seg.check import fingerprint, same_photo
 from retina_seg.data import list_pairs
 from retina_seg.images import list_pictures, read_photo
 from retina_seg.metrics import count, f1
 from retina_seg.model import count_parameters, load_checkpoint
-from retina_seg.predict import WEIGHTS, Segmenter, shipped_weights
-from retina_seg.synthetic import draw_photo
 from retina_seg.test import score_pairs
 from retina_seg.train import PRESETS, TrainConfig
 

@@ -1,0 +1,1 @@
+"""Tested runs side by side, the choice of a threshold, and speed."""

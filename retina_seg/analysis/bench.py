@@ -1,0 +1,260 @@
+"""Speed of the original (the baseline) and of this package, measured in turns on one machine.
+
+All that do a task take turns, round by round, so that a machine that slows down slows all of them; the first round warms up.
+The baseline is the original's notebooks: float32, contiguous tensors, batch size 1 in evaluation and 2 in training, eager,
+a `.item()` at every step, scores by five passes of scikit-learn. It runs in a process of its own, with memory as the
+system's allocator has it; "baseline, memory kept" adds `device.memory_kept` alone. Its code is written anew, not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from retina_seg.checkpoint import load_model
+from retina_seg.config import TrainConfig
+from retina_seg.data import Pair, list_pairs
+from retina_seg.device import environment, memory_kept, training_layout
+from retina_seg.inference.batch import predict_images
+from retina_seg.inference.segmenter import Segmenter, image_batch
+from retina_seg.loss import DiceBCELoss, dice_bce_loss
+from retina_seg.model import AttentionUNet, build_model, count_macs, count_parameters
+from retina_seg.optim import make_optimizer
+from retina_seg.sets.synthetic import synthetic_image, write_set
+from retina_seg.test import score_pairs
+from retina_seg.train import train
+from retina_seg.transforms import mask_to_tensor, to_tensor
+from retina_seg.utils import UserError, create_dir, write_json
+from retina_seg.visualize import strip
+
+BASELINE, KEPT, SAME = "baseline", "baseline, memory kept", "same weights, optimised"
+Call = Callable[[], Any]
+Segmenters = dict[str, Segmenter]  # on one device, by the names in the rows
+Rows = list[dict[str, Any]]
+_BASELINE: list[Call] = []  # in the baseline's process only
+
+
+def bench(
+    output: str | Path = "results/run-bench",
+    rounds: int = 7,
+    images: int = 20,
+    size: int = 512,
+    original: str | Path | None = None,
+    fast: str | Path = "drive",
+    data: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a forward pass, a training step, a whole test and the segmentation of a folder; write `output`/bench.json.
+
+    Returns what the file holds: "rows" (`measure`), "networks" (name -> "parameters", "gmacs" at `size` x `size`), "size",
+    "environment". Raises `UserError`: a number that cannot be, no such checkpoint, dataset or device.
+
+    Args:
+        rounds: how often each is measured; test and folder three times at most.
+        images, size: how many images test and folder have, and the side of synthetic ones, pixels.
+        original, fast, data: weights as `checkpoint.load_model` takes them, a dataset; None: random weights, synthetic images.
+        device: "auto" measures the processor, and the first GPU too where there is one. precision: of all but the baseline.
+    """
+    if min(rounds, images) < 1 or size < 64 or size % 8:
+        raise UserError(f"--rounds {rounds}, --images {images}: from 1 on; --size {size}: a multiple of 8 from 64 on")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() if device == "auto" else [device]
+    network = build_model("attention_unet") if original is None else load_model(original)[0]
+    if not isinstance(network, AttentionUNet):
+        raise UserError(f"--original {original}: is not the original's network; train one with --preset notebook")
+    how, load = [{"device": where, "precision": precision} for where in devices], Segmenter.load
+    machines = [{SAME: Segmenter(network, **h), "fast": load(fast, **h), "tiny": load("tiny", **h)} for h in how]
+    pairs = [] if data is None else list_pairs(data, "test")
+    output, rows = create_dir(output), []
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = pairs or list_pairs(write_set(Path(scratch, "set"), 1, images, (size, size), progress=False), "test")
+        for segmenters in machines:
+            rows += forward(segmenters, size, rounds, progress) + step(segmenters, size, rounds, progress)
+            rows += files(segmenters, (pairs * images)[:images], Path(scratch), min(rounds, 3), progress)
+    first, counts = machines[0][SAME], {}
+    for name, one in machines[0].items():
+        counts[name] = {"parameters": count_parameters(one.model), "gmacs": count_macs(one.model, size, size) / 1e9}
+    machine = {**environment(first.device, first.precision), "processor": processor()}
+    value = {"rows": rows, "networks": counts, "size": size, "environment": machine}
+    write_json(output / "bench.json", value)
+    return value
+
+
+def measure(
+    task: str, of: Segmenter, calls: dict[str, Call], units: int, rounds: int, progress: bool, baseline: Any = None
+) -> Rows:
+    """A row a call: median and quartiles over the rounds of its seconds a unit (image), with the device and precision of `of`.
+
+    "ratio" is the median of the baseline, made by `baseline` in a process of its own, by the row's own; None without it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _set_up, (baseline,)) as process:  # starts when it is first asked
+        timers = {BASELINE: lambda: process.submit(timed).result()} if baseline else {}
+        timers |= {name: partial(timed, call) for name, call in calls.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in timers}
+        turns = [(number, name) for number in range(rounds + 1) for name in timers]
+        for number, name in tqdm(turns, f"{task}, {of.device}", disable=not progress):
+            took = timers[name]()
+            if number:
+                seconds[name].append(took / units)
+    labels = {"rounds": rounds, "device": str(of.device), "precision": str(of.precision).removeprefix("torch.")}
+    rows = []
+    for name, values in seconds.items():
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        ratio = float(np.median(seconds[BASELINE])) / median if baseline else None
+        rows.append({"task": task, "name": name, "median": median, "quartiles": [low, high], "ratio": ratio, **labels})
+    return rows
+
+
+def _set_up(baseline: Callable[[], Call]) -> None:
+    _BASELINE.append(baseline())
+
+
+def timed(call: Call | None = None) -> float:
+    """Seconds of `call`. It runs twice, and the second time counts: the first one finds another's data in the caches."""
+    call = call or _BASELINE[0]
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def forward(segmenters: Segmenters, size: int, rounds: int, progress: bool) -> Rows:
+    """A forward pass on an image (size, size), its probability map brought to the processor's memory."""
+    same = segmenters[SAME]
+    batch = image_batch(synthetic_image(0, size, size).image, same.device).to(same.precision)
+
+    def once(network: nn.Module) -> None:
+        with torch.inference_mode():
+            torch.sigmoid(network(batch).float()).cpu()
+
+    calls = {name: partial(once, segmenter.network) for name, segmenter in segmenters.items()}
+    baseline = partial(baseline_forward, same.model, size, same.device)
+    with memory_kept():
+        return measure("forward", same, {KEPT: baseline(), **calls}, 1, rounds, progress, baseline)
+
+
+def baseline_forward(network: nn.Module, size: int, device: torch.device) -> Call:
+    """The original's forward pass."""
+    eager = copy.deepcopy(network).to(device).eval()
+    image = image_batch(synthetic_image(0, size, size).image, device).contiguous()  # as the original's loader gives it
+
+    def once() -> None:
+        with torch.no_grad():
+            torch.sigmoid(eager(image)).cpu()
+
+    return once
+
+
+def step(segmenters: Segmenters, size: int, rounds: int, progress: bool) -> Rows:
+    """A training step on two images (size, size) that are in memory: forward, loss, backward, optimizer."""
+    items, same, calls = [synthetic_image(seed, size, size) for seed in (0, 1)], segmenters[SAME], {}
+    images = torch.stack([to_tensor(item.image) for item in items])
+    masks = torch.stack([mask_to_tensor(item.mask) for item in items])
+
+    def once(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+        train(model, [(images, masks)], optimizer, dice_bce_loss, same.device, same.precision, clip)
+        if same.device.type == "cuda":
+            torch.cuda.synchronize(same.device)
+
+    for name, preset in {SAME: "notebook", "fast": "fast", "tiny": "tiny"}.items():
+        model, config = copy.deepcopy(segmenters[name].model), TrainConfig.from_preset(preset)
+        model = model.to(same.device, memory_format=training_layout(same.device, same.precision))
+        calls[name] = partial(once, model, make_optimizer(model, config), config.clip)
+    baseline = partial(baseline_step, same.model, images, masks, same.device)
+    with memory_kept():
+        return measure("training step, an image", same, {KEPT: baseline(), **calls}, 2, rounds, progress, baseline)
+
+
+def baseline_step(network: nn.Module, images: torch.Tensor, masks: torch.Tensor, device: torch.device) -> Call:
+    """The original's training step."""
+    model = copy.deepcopy(network).to(device).train()
+    optimizer, loss_fn = torch.optim.Adam(model.parameters(), lr=1e-4), DiceBCELoss()
+    images, masks = images.clone(), masks.clone()  # what another process sends is memory shared with it
+
+    def once() -> None:
+        x, y = images.to(device), masks.to(device)
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return once
+
+
+def files(segmenters: Segmenters, pairs: list[Pair], scratch: Path, rounds: int, progress: bool) -> Rows:
+    """A whole test, files to scores and pictures (more of both where optimised), and a folder's segmentation."""
+    paths, same, tests, folders = list(dict.fromkeys(pair.image for pair in pairs)), segmenters[SAME], {}, {}
+    for name, segmenter in segmenters.items():
+        tests[name] = partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
+        folders[name] = partial(predict_images, segmenter, paths, scratch / f"{name} folder", True, progress=False)
+    baseline = partial(baseline_test, same.model, pairs, scratch, same.device)
+    rows = measure("whole test, an image", same, tests, len(pairs), rounds, progress, baseline)
+    return rows + measure("predict a folder, an image", same, folders, len(paths), rounds, progress)
+
+
+def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: torch.device, size: int = 512) -> Call:
+    """The original's test: an image at a time, five passes of scikit-learn, a strip written; gives the five scores an image."""
+    from sklearn.metrics import accuracy_score, f1_score, jaccard_score, precision_score, recall_score
+
+    # zero_division: the same 0 as by default, without a warning
+    four = [partial(score, zero_division=0) for score in (jaccard_score, f1_score, recall_score, precision_score)]
+    network = copy.deepcopy(network).to(device).eval()
+
+    def once() -> list[list[float]]:
+        scores = []
+        for pair in pairs:
+            image = cv2.imread(str(pair.image), cv2.IMREAD_COLOR)
+            mask = cv2.imread(str(pair.mask), cv2.IMREAD_GRAYSCALE)
+            if mask.shape != (size, size):
+                image, mask = (cv2.resize(array, (size, size)) for array in (image, mask))
+            x = torch.from_numpy(np.transpose(image, (2, 0, 1))[None].astype(np.float32) / 255).to(device)
+            y = torch.from_numpy(mask[None, None].astype(np.float32) / 255)
+            with torch.no_grad():
+                probability = torch.sigmoid(network(x)).cpu()
+            true, predicted = ((tensor.numpy() > 0.5).astype(np.uint8).reshape(-1) for tensor in (y, probability))
+            scores.append([float(score(true, predicted)) for score in (*four, accuracy_score)])
+            vessels = (probability[0, 0].numpy() > 0.5).astype(np.uint8) * 255
+            cv2.imwrite(str(folder / f"{pair.name}.png"), strip(image, mask, vessels))
+        return scores
+
+    return once
+
+
+def processor() -> str:
+    """The processor's name, and which wide or half-precision arithmetic it has."""
+    known = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bfloat16", "amx_bf16": "AMX bfloat16"}
+    text = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
+    has = [title for flag, title in known.items() if flag in text.split()]
+    return ", ".join([name or platform.processor() or platform.machine(), *has])
+
+
+def table(value: dict[str, Any]) -> list[str]:
+    """What `bench` gives, for people: a line a row, with milliseconds an image, quartiles and ratio."""
+    lines: list[str] = []
+    for row in value["rows"]:
+        title = f"{row['task']} ({row['device']}, optimised in {row['precision']}, {row['rounds']} rounds)"
+        low, middle, high = (f"{1000 * t:.1f}" for t in (row["quartiles"][0], row["median"], row["quartiles"][1]))
+        ratio = f"{row['ratio']:>9.1f}x" if row["ratio"] else ""
+        lines += [title] * (title not in lines) + [f"  {row['name']:<24}{middle:>10} ms  ({low} to {high}){ratio}"]
+    for name, network in value["networks"].items():
+        counts = f"{network['parameters']:,} parameters, {network['gmacs']:.1f} GMACs"
+        lines.append(f"{name}: {counts} at {value['size']}x{value['size']}")
+    return [*lines, f"{value['environment']['processor']}; {value['environment']['threads']} threads"]

@@ -1,0 +1,105 @@
+"""Several tested runs side by side: a table, a figure, and the differences image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from retina_seg import visualize
+from retina_seg.metrics import SCORES, bootstrap
+from retina_seg.utils import UserError, create_dir, format_number, read_json, write_csv
+
+SHOWN = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
+
+
+def read_metrics(run: str | Path) -> dict[str, Any]:
+    """What `metrics.json` of the folder `run` (or the file itself) holds.
+
+    Raises:
+        UserError: there is none, or it is another thing.
+    """
+    path = Path(run) / "metrics.json" if Path(run).is_dir() else Path(run)
+    value = read_json(path)
+    if not _holds_scores(value):
+        raise UserError(f"{path}: holds no scores; write them with retina-seg test")
+    return value
+
+
+def _holds_scores(value: dict[str, Any]) -> bool:
+    """Whether what is read from `value` here and in the figure is there, and numbers (None: undefined)."""
+    try:
+        value["protocol"].get("size")
+        numbers = [image[region]["f1"] for image in value["images"] for region in visualize.REGION_NAMES]
+        for region in visualize.REGION_NAMES:
+            numbers += [value[region][what].get(name) for what in ("mean", "std", "pooled") for name in SCORES]
+            numbers += [*value[region]["ci95"]["f1"], value[region]["mean"]["f1"]]
+        named = {image["name"] for image in value["images"]}
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return bool(named) and all(number is None or isinstance(number, (int, float)) for number in numbers)
+
+
+def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str, score: str) -> dict[str, Any] | None:
+    """Mean difference (other - first) of `score` over the images that both runs scored, with its 95 % interval.
+
+    Returns:
+        {"images", "mean", "ci95", "better"} (how many images gained); None where protocols, datasets or images differ,
+        since a difference would then say nothing.
+    """
+    if any(first["protocol"].get(key) != other["protocol"].get(key) for key in ("size", "part")):
+        return None
+    a, b = ({image["name"]: image[region][score] for image in run["images"]} for run in (first, other))
+    differences = [b[name] - a[name] for name in a if name in b and a[name] is not None and b[name] is not None]
+    if a.keys() != b.keys() or not differences:
+        return None
+    mean, better = sum(differences) / len(differences), sum(difference > 0 for difference in differences)
+    return {"images": len(differences), "mean": mean, "ci95": bootstrap(differences), "better": better}
+
+
+def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
+    """Compare the tested runs in the folders `runs`; the first is the reference of the differences.
+
+    Writes `comparison.csv` (a row a run, region and statistic) and `comparison.png` to `output`.
+
+    Returns:
+        The table as lines, for people.
+
+    Raises:
+        UserError: fewer than two runs, or one without scores.
+    """
+    if len(runs) < 2:
+        raise UserError("compare needs two runs at least: retina-seg compare RUN RUN")
+    values = [read_metrics(run) for run in runs]
+    titles = _titles(runs)
+    output = create_dir(output)
+    width = max(30, *map(len, titles)) + 10
+    lines, rows = [], []
+    for region, heading in visualize.REGION_NAMES.items():
+        lines.append(f"{heading + ', mean over images':<{width}}" + "".join(f"{name:>11}" for name in SHOWN))
+        for title, value in zip(titles, values, strict=True):
+            numbers = "".join(f"{format_number(value[region]['mean'].get(name)):>11}" for name in SHOWN)
+            size = value["protocol"].get("size")
+            lines.append(f"{f'{title} ({size})':<{width}}{numbers}")
+            run = {"run": title, "protocol": size, "region": region}
+            rows += [{**run, "statistic": what, **value[region][what]} for what in ("mean", "std", "pooled")]
+        for title, value in zip(titles[1:], values[1:], strict=True):
+            pair = paired_differences(values[0], value, region, "f1")
+            if pair is None:
+                lines.append(f"  {title} - {titles[0]}: scored on other images or sizes, no difference taken")
+                continue
+            low, high = pair["ci95"]
+            lines.append(
+                f"  {title} - {titles[0]}: F1 {pair['mean']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), "
+                f"better on {pair['better']} of {pair['images']} images"
+            )
+        lines.append("")
+    write_csv(output / "comparison.csv", ["run", "protocol", "region", "statistic", *SCORES], rows)
+    visualize.save_figure(output / "comparison.png", visualize.comparison(titles, values))
+    return lines[:-1]
+
+
+def _titles(runs: Sequence[str | Path]) -> list[str]:
+    """The runs' folder names; the whole paths where two are called the same."""
+    names = [Path(run).name if Path(run).name != "native" else "/".join(Path(run).parts[-2:]) for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]

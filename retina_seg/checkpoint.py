@@ -1,0 +1,180 @@
+"""Checkpoints: the weights of a network with all that is needed to use them, and `last.pth`, from which training resumes.
+
+A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`: "format", "model" and "arguments"
+(what `model.build_model` takes), "state_dict", and notes: working frame, threshold and where it is from, data, selection.
+A plain state dict of the original's network loads too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retina_seg.config import TrainConfig
+from retina_seg.model import build_model
+from retina_seg.utils import UserError, atomic_write, read_json, remove_partial, without_nan
+
+WEIGHTS = Path(__file__).parent / "weights"
+CHECKPOINT_FORMAT = "retina_seg checkpoint 1"
+LAST = "last.pth"
+
+
+def pretrained_weights() -> list[str]:
+    """The names of the pretrained weights in the package."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.pth"))
+
+
+def find_weights(name: str | Path) -> Path:
+    """The checkpoint file that `name` means: a file, a run's folder, or the name of pretrained weights.
+
+    Raises `UserError`: none of these.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "checkpoint.pth").is_file():
+            raise UserError(f"{path}: holds no checkpoint.pth; give the folder of a finished run")
+        return path / "checkpoint.pth"
+    if path.is_file():
+        return path
+    if str(name) in pretrained_weights():
+        return WEIGHTS / f"{name}.pth"
+    raise UserError(f"{name}: no such checkpoint or run folder; pretrained weights: {', '.join(pretrained_weights())}")
+
+
+def weights_id(checkpoint: str | Path) -> str:
+    """The first twelve digits of the SHA-256 of a checkpoint file."""
+    return hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]
+
+
+def _save(path: Path, value: dict[str, Any]) -> None:
+    """`torch.save`, whole or not at all. In memory first: torch's writer hides a full disk inside a RuntimeError."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def _load(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, without running any code in it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on odd files before it refuses them
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler of damaged bytes raises anything
+        raise UserError(
+            f"{path}: is not a checkpoint that can be read safely ({type(error).__name__}); "
+            "give a checkpoint.pth of a run, or a state dict saved by torch.save"
+        ) from None
+
+
+def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[str, Any], **notes: Any) -> None:
+    """Write weights, and all that is needed to use them, to `path`: whole or not at all.
+
+    Args:
+        name, arguments: what `build_model` took.
+        notes: plain values that go with the weights: frame, threshold, threshold_from, trained_on, selected_on.
+    """
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    checkpoint = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes, "state_dict": weights}
+    _save(Path(path), checkpoint)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint dictionary at `path`: one of ours, or a plain state dict as that of the original's network.
+
+    Raises `UserError`: no such file, no checkpoint, one that would run code, or of a format this version does not know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    checkpoint = _load(path)
+    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values()):
+        return {"format": None, "model": "attention_unet", "arguments": {}, "state_dict": checkpoint}
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: is not a checkpoint of this package, nor a plain state dict")
+    needed = {"model": str, "arguments": dict, "state_dict": dict}
+    if not all(isinstance(checkpoint.get(key), kind) for key, kind in needed.items()):
+        raise UserError(f"{path}: the checkpoint is incomplete; it needs {', '.join(needed)}")
+    return checkpoint
+
+
+def load_model(name: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, in evaluation mode on the processor, and the checkpoint's other entries.
+
+    Args:
+        name: as `find_weights` takes it: a file, a run's folder, or the name of pretrained weights.
+
+    Raises `UserError`: as `load_checkpoint`, or weights of another architecture, or weights that are not finite.
+    """
+    path = find_weights(name)
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint.pop("state_dict")
+    try:
+        model = build_model(checkpoint["model"], **checkpoint["arguments"])
+        model.load_state_dict(weights, strict=True)
+    except (UserError, TypeError) as error:  # arguments whose names no function can have
+        raise UserError(f"{path}: {error}") from None
+    except (RuntimeError, AttributeError) as error:
+        first = "".join(str(error).strip().splitlines()[1:2]).strip()[:120] or "keys or shapes differ"
+        raise UserError(
+            f"{path}: the weights are of another architecture than {checkpoint['model']} ({first})"
+        ) from None
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
+        raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
+    return model.eval(), checkpoint
+
+
+def save_last(folder: Path, value: dict[str, Any]) -> None:
+    """Write `value` (plain values and tensors) as the folder's last.pth, whole or not at all."""
+    _save(folder / LAST, value)
+
+
+def load_last(folder: Path) -> dict[str, Any] | None:
+    """What `save_last` wrote; None where nothing was saved yet. Raises `UserError`: the file is damaged."""
+    return _load(folder / LAST) if (folder / LAST).exists() else None
+
+
+# ---------------------------------------------------------------------------------------------------------- run folders
+
+
+def free_folder(path: str | Path) -> Path:
+    """`path`, or the first of path-2, path-3, … that holds no run yet."""
+    path = Path(path)
+    taken, number = path, 1
+    while (taken / "config.json").exists() or (taken / "checkpoint.pth").exists():
+        number += 1
+        taken = path.with_name(f"{path.name}-{number}")
+    return taken
+
+
+def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
+    """Make sure that `config.output` holds no run yet or, to `resume`, one of this config; clear what a kill left half-written.
+
+    Raises:
+        UserError: it holds a run that is not asked for, none where one is, or one of another config or number of processes.
+    """
+    folder = Path(config.output)
+    if not resume:
+        if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
+            raise UserError(
+                f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it"
+            )
+        return
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds no run to go on with; train without --resume")
+    remove_partial(folder)
+    free = {"preset", "data", "output", "device", "workers"}
+    written = TrainConfig.from_json(folder / "config.json")
+    mine, theirs = (without_nan(dataclasses.asdict(value)) for value in (config, written))
+    if other := [name for name in mine if name not in free and mine[name] != theirs[name]]:
+        raise UserError(f"{folder}: this run's config has another {', '.join(other)}; go on by its own config.json")
+    began = read_json(folder / "config.json").get("processes", 1)
+    if began != processes:  # other batches
+        raise UserError(f"{folder}: {began} processes began this run, these are {processes}; go on with as many")

@@ -1,0 +1,208 @@
+"""All that is needed to repeat a training, and the presets. Imports no torch: the command's options are made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retina_seg.utils import UserError, read_json
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+# groups of options in the command's help
+DATA = "data and network"
+PATCHES = "working frame and patches (frame fov only)"
+STEPS = "optimisation"
+CHOICE = "validation and selection"
+COMPUTE = "computation"
+
+
+def _option(
+    group: str, kind: type, default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None
+) -> Any:
+    """A field of `TrainConfig` that knows its help, type, choices and lowest value; None is "not set"."""
+    meta = {"kind": kind, "help": help, "group": group, "choices": choices, "minimum": low}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class TrainConfig:
+    """All that is needed to repeat a training. What each field means stands beside it; `PRESETS` has the presets.
+
+    Raises:
+        UserError: by `check`, for the first value that cannot be.
+    """
+
+    preset: str = "custom"
+    data: str | list[str] = "Data1"
+    output: str = "results/run"
+    model: str = _option(DATA, str, "attention_unet", "architecture, a name in model.MODELS")
+    model_arguments: dict[str, Any] = _option(DATA, dict, {}, "its arguments, as JSON")
+
+    frame: str = _option(
+        PATCHES,
+        str,
+        "resize",
+        "whole images at --size, aspect ratio not kept, or patches at one scale",
+        ("resize", "fov"),
+    )
+    size: int = _option(PATCHES, int, 512, "side of what the network is fed, pixels; rounded to its stride", low=8)
+    fov_diameter: float | None = _option(
+        PATCHES,
+        float,
+        None,
+        "scale to this field-of-view diameter, pixels; not set: the training images' median",
+        low=32,
+    )
+    largest_diameter: float | None = _option(
+        PATCHES, float, None, "larger images are used at up to this diameter; not set: all at one", low=32
+    )
+    augmentation: dict[str, Any] = _option(PATCHES, dict, {}, "changes to transforms.Augmentation, as JSON")
+    patches: int = _option(PATCHES, int, 800, "patches in an epoch", low=1)
+
+    epochs: int = _option(STEPS, int, 10, "passes over the images or patches", low=1)
+    batch_size: int = _option(STEPS, int, 2, "images or patches in a step of each process", low=1)
+    optimizer: str = _option(STEPS, str, "adam", "Adam (AdamW with weight decay), or Muon", ("adam", "muon"))
+    learning_rate: float = _option(STEPS, float, 1e-4, "at its peak", low=1e-12)
+    weight_decay: float = _option(STEPS, float, 0.0, "decoupled weight decay", low=0)
+    warmup: float | None = _option(
+        STEPS, float, None, "share of the steps with rising rate, then a cosine to 0; not set: constant rate", low=0
+    )
+    ema: float = _option(STEPS, float, 0.0, "decay of the EMA weights that are kept; 0: none", low=0)
+    clip: float = _option(STEPS, float, 0.0, "largest norm of the gradient; 0: no clipping", low=0)
+    loss: str = _option(STEPS, str, "dice_bce", "a name in loss.LOSSES")
+    seed: int = _option(STEPS, int, 42, "of weights, order and augmentation", low=0)
+
+    validation: str = _option(
+        CHOICE,
+        str,
+        "photos",
+        "held-out photos with all their variants; the test part, as the original does (a leak); nothing",
+        ("photos", "test", "none"),
+    )
+    held_out: int = _option(CHOICE, int, 4, "how many photos, or people, are held out", low=1)
+    split_seed: int = _option(CHOICE, int, 42, "of the draw that holds them out", low=0)
+    fold: int = _option(CHOICE, int, 0, "which fold of that draw, for cross-validation", low=0)
+    keep: str = _option(
+        CHOICE, str, "best", "weights of lowest validation loss, or of the last epoch", ("best", "last")
+    )
+    threshold: str = _option(
+        CHOICE, str, "fixed", "0.5, or that of highest F1 on the held-out photos", ("fixed", "validation")
+    )
+
+    precision: str = _option(COMPUTE, str, "auto", "auto: bfloat16 where there are units for it", PRECISIONS)
+    device: str = _option(COMPUTE, str, "auto", "cpu, cuda, …; auto: a GPU where there is one")
+    workers: int | None = _option(COMPUTE, int, None, "processes that load images; not set: 0, on a GPU 4", low=0)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> TrainConfig:
+        """The preset `name` with `changes`. Raises `UserError` for an unknown name."""
+        if name not in PRESETS:
+            raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+        return cls(**{"preset": name, **PRESETS[name].values, **changes})
+
+    @classmethod
+    def notebook(cls, **changes: Any) -> TrainConfig:
+        """`from_preset("notebook")`: the original's training."""
+        return cls.from_preset("notebook", **changes)
+
+    @classmethod
+    def fast(cls, **changes: Any) -> TrainConfig:
+        """`from_preset("fast")`: the optimised network for one camera."""
+        return cls.from_preset("fast", **changes)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TrainConfig:
+        """The config in a run's `config.json`. Raises `UserError` for a file that is none."""
+        values = read_json(path).get("config")
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: holds no config of this version; give the config.json of a run")
+        unknown = sorted(set(values) - {item.name for item in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"{path}: the config has unknown entries: {', '.join(unknown)}")
+        config = cls(**values)
+        try:
+            config.check()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return config
+
+    def check(self) -> None:
+        """Raises `UserError` for the first value that cannot be; the message names the option and what it may be."""
+        paths = [self.output, *(self.data if isinstance(self.data, list) else [self.data])]
+        if not self.data or not all(isinstance(value, str) for value in paths):
+            raise UserError(f"data {self.data!r}, output {self.output!r}: must be paths")
+        for item in dataclasses.fields(self):
+            if item.metadata:
+                _check_value(f"--{item.name.replace('_', '-')}", getattr(self, item.name), item.default, item.metadata)
+        if self.ema >= 1 or (self.warmup or 0) >= 1:
+            raise UserError(f"--ema {self.ema}, --warmup {self.warmup}: must be below 1")
+        if self.keep == "best" and self.validation == "none":
+            raise UserError("--keep best needs images to validate on; add --validation photos, or --keep last")
+        if self.threshold == "validation" and self.validation != "photos":
+            raise UserError("--threshold validation needs held-out training photos; add --validation photos")
+
+
+def _check_value(option: str, value: Any, default: Any, meta: Any) -> None:
+    if value is None and default is None:
+        return
+    kind = meta["kind"]
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise UserError(f"{option} {str(value)[:80]!r}: must be of the type {kind.__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{option} {value}: choose one of {', '.join(meta['choices'])}")
+    if meta["minimum"] is not None and not meta["minimum"] <= value < 2**63:  # neither NaN nor infinity
+        raise UserError(f"{option} {value}: must be a number from {meta['minimum']:g} on")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset is, in a sentence for people, and the values in which it differs from `TrainConfig`'s defaults."""
+
+    summary: str
+    values: dict[str, Any]
+
+
+_FAST = {
+    "model": "fast_attention_unet",
+    "model_arguments": {"fine": 0},
+    "frame": "fov",
+    "size": 256,
+    "fov_diameter": 720.0,
+    "augmentation": {"scale": 0.25},
+    "patches": 800,
+    "epochs": 20,
+    "optimizer": "muon",
+    "learning_rate": 2e-3,
+    "weight_decay": 1e-2,
+    "warmup": 0.05,
+    "ema": 0.999,
+    "clip": 1.0,
+    "validation": "none",
+    "keep": "last",
+}
+PRESETS = {
+    "notebook": Preset(
+        "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
+        {"validation": "test"},
+    ),
+    "fast": Preset(
+        "one camera: fast_attention_unet (585,988 parameters), augmented patches, Muon, EMA weights, no selection",
+        _FAST,
+    ),
+    "general": Preset(
+        "several datasets together: fast with a full-resolution path (600,457 parameters), larger images seen larger",
+        {**_FAST, "model_arguments": {}, "patches": 840, "epochs": 36, "largest_diameter": 1080.0},
+    ),
+    "tiny": Preset(
+        "old machines, large archives: fast with 67,041 parameters",
+        {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36},
+    ),
+    "quick": Preset(
+        "a first look in minutes: fast on a short schedule, at the images' own scale",
+        {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240},
+    ),
+}

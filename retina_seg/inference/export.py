@@ -1,0 +1,130 @@
+"""A network as one ONNX file for programs without torch, written only where onnxruntime predicts what torch predicts.
+
+Input "image": (N, 3, H, W) float32 BGR in [0, 1]; output "probability": (N, 1, H, W) float32 in [0, 1]. N is free, H and
+W are multiples of the network's stride. The file's metadata says how an image enters the network's frame.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from retina_seg import __version__
+from retina_seg.checkpoint import find_weights, weights_id
+from retina_seg.inference.segmenter import Segmenter, image_batch
+from retina_seg.sets.synthetic import synthetic_image
+from retina_seg.transforms import ResizeFrame
+from retina_seg.utils import UserError, atomic_write, create_dir
+
+LARGEST_DIFFERENCE = 1e-4  # in probability; rounding makes a few millionths
+INSTALL = 'pip install --upgrade "retina_seg[onnx]"'
+CHECKED_SIZES = ((1, 16, 24), (2, 31, 17), (1, 50, 62))  # images, their height and width in strides
+
+
+def export(weights: str | Path, output: str | Path) -> float:
+    """Write a network to the ONNX file `output`, whole or not at all; a file of that name is replaced.
+
+    Args:
+        weights: pretrained weights, a checkpoint file, or a run's folder.
+        output: the file, its name ending in .onnx; its folder is made.
+
+    Returns:
+        The largest difference in probability between onnxruntime and torch, on synthetic images of `CHECKED_SIZES`.
+
+    Raises:
+        UserError: weights that do not load, NaN, an unwritable file, missing packages, a difference that is too large.
+    """
+    checkpoint, output = find_weights(weights), Path(output)
+    segmenter = Segmenter.load(checkpoint, device="cpu", precision="float32")
+    if output.suffix.lower() != ".onnx":  # so that no image or checkpoint is replaced by mistake
+        raise UserError(f"--output {output}: must end in .onnx")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; choose another name")
+    create_dir(output.parent)
+    with atomic_write(output) as temporary:
+        temporary.touch()  # a folder that may not be written to is found before the work
+        content = _onnx_file(segmenter.model, metadata(segmenter, weights_id(checkpoint)))
+        difference = _difference(content, segmenter.model)
+        if not difference < LARGEST_DIFFERENCE:
+            raise UserError(f"{output}: not written, as onnxruntime differs from torch by {difference:.2g}; {INSTALL}")
+        temporary.write_bytes(content)
+    return difference
+
+
+def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
+    """What a program needs to use the network: text by name. `weights` is its `checkpoint.weights_id`.
+
+    "frame" is "resize", with "height" and "width" (pixels), or "fov", with "fov_diameter", "largest_diameter" (pixels,
+    `transforms.FovFrame`) and "margin" (pixels of black around the box of the field of view).
+    """
+    frame, stride = segmenter.frame, segmenter.model.stride
+    if isinstance(frame, ResizeFrame):
+        sizes = {"height": frame.height, "width": frame.width}
+    else:
+        largest = frame.largest_diameter or frame.fov_diameter
+        sizes = {"fov_diameter": frame.fov_diameter, "largest_diameter": largest, "margin": frame.margin * stride}
+    values = {
+        "notice": "For learning and research; not a medical device.",
+        "retina_seg_version": __version__,
+        "network": type(segmenter.model).__name__,
+        "weights_id": weights,
+        "input": "image: (N, 3, H, W) float32 in [0, 1], H and W multiples of the stride",
+        "channel_order": "BGR",
+        "output": "probability of vessel: (N, 1, H, W) float32 in [0, 1]",
+        "stride": stride,
+        "frame": frame.to_dict()["kind"],
+        **sizes,
+        "threshold": segmenter.threshold,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _onnx_file(network: nn.Module, values: dict[str, str]) -> bytes:
+    """The content of the ONNX file of `network` and a sigmoid, with `values` as its metadata."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  (for the check)
+        import onnxscript  # noqa: F401  (for torch's exporter)
+    except ImportError as error:
+        raise UserError(f"export needs more packages ({error}); {INSTALL}") from None
+    dim, stride = torch.export.Dim, network.stride
+    free = {0: dim("images"), 2: stride * dim("rows"), 3: stride * dim("columns")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one package on another's version
+        program = torch.onnx.export(
+            nn.Sequential(network.to(memory_format=torch.contiguous_format), nn.Sigmoid()).eval(),
+            (torch.zeros(2, 3, 8 * stride, 6 * stride),),
+            dynamo=True,  # the exporter by tracing is to be removed from torch
+            verbose=False,
+            opset_version=18,  # the exporter's own: every later runtime reads it
+            input_names=["image"],
+            output_names=["probability"],
+            dynamic_shapes=(free,),
+        )
+    model, graph = program.model_proto, program.model_proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")  # paths of source files on this machine
+        part.ClearField("doc_string")
+    onnx.helper.set_model_props(model, values)
+    return model.SerializeToString()
+
+
+def _difference(content: bytes, network: nn.Module) -> float:
+    """The largest difference between onnxruntime's and torch's probabilities; NaN where onnxruntime's are."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    differences = []
+    for count, rows, columns in CHECKED_SIZES:
+        images = [synthetic_image(i, rows * network.stride, columns * network.stride).image for i in range(count)]
+        batch = torch.cat([image_batch(image, torch.device("cpu")) for image in images])
+        with torch.inference_mode():
+            expected = torch.sigmoid(network(batch)).numpy()
+        if not np.isfinite(expected).all():
+            raise UserError("the network's output is NaN; choose other weights")
+        differences.append(np.abs(session.run(None, {"image": batch.numpy()})[0] - expected).max())
+    return float(np.max(differences))

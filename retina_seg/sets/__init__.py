@@ -1,0 +1,62 @@
+"""Datasets as a whole: their layout on disk, public ones converted to it, synthetic ones, and what is wrong with one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retina_seg.utils import UserError, create_dir
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in `folder`, hidden names left out, in order of name. Raises `UserError`: it cannot be listed."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
+
+
+@contextmanager
+def atomic_folder(destination: Path) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `destination` when the block ends well, and is removed when it does not.
+
+    Where `destination` is there already, what was written is moved into it.
+
+    Raises:
+        UserError: `destination` is a file, or holds more than a README.md; or it cannot be written.
+    """
+    _check_free(destination)
+    final = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle
+    parent = next(folder for folder in final.parents if folder.is_dir())
+    moved: list[Path] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as temporary:
+            folder = create_dir(Path(temporary) / "set")
+            yield folder
+            _check_free(destination)
+            if final.is_dir():
+                for path in visible(folder):
+                    moved.append(final / path.name)
+                    shutil.move(path, moved[-1])  # `final` may be on another disk
+            else:
+                folder.rename(create_dir(final.parent) / final.name)
+    except BaseException as error:
+        for path in moved:
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_file():
+                path.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"{destination}: cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def _check_free(destination: Path) -> None:
+    if destination.is_dir():
+        if held := [path.name for path in visible(destination) if path.name != "README.md"]:
+            raise UserError(f"{destination}: is not empty ({held[0]}); choose a new folder, or clear this one first")
+    elif destination.exists() or destination.is_symlink():
+        raise UserError(f"{destination}: is a file; choose another folder")

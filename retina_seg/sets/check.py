@@ -1,0 +1,247 @@
+"""What a dataset in the Data1 layout holds and what is wrong with it, all at once: `retina-seg check DATA`.
+
+Where `list_pairs` stops at the first mistake, this reads every file and collects what it finds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from retina_seg.images import IMAGE_SUFFIXES, read_grey, read_image
+from retina_seg.sets.layout import KINDS, PARTS, collect_files, find_set, mask_remark, photo_ids, read_index
+from retina_seg.utils import UserError, natural_sort
+
+PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
+# Two files show one photo when their fingerprints correlate by more than this. Measured on the 90 images of DRIVE, CHASE_DB1
+# and LES-AV: the most alike different ones reach 0.57. Copies mirrored or rotated have 1.00, at half the size or aspect
+# ratio not kept 0.97 at least, as JPEG of quality 75 and 30 0.96 and 0.85, with all that at once (JPEG 50) 0.90.
+SAME_PHOTO = 0.75
+GREY_SHARE = 0.3  # of a mask's pixels in 32 … 223: the Kaggle set's masks have 0.03 to 0.06, images 0.42 and more
+
+# the 8 ways a square falls onto itself: quarter turns of the image, then of its mirror image
+_MIRRORED = ("mirrored left-right", "mirrored and rotated", "mirrored top-bottom", "mirrored and rotated")
+_WAYS = ("", "rotated by 90 degrees", "rotated by 180 degrees", "rotated by 90 degrees", *_MIRRORED)
+_NAMES = {"mask": "masks", "fov": "fields of view", "mask_2nd": "second observer's masks"}
+
+
+@dataclass
+class PartReport:
+    """The figures of one part."""
+
+    files: dict[str, int]  # how many, by kind: image, mask, fov, mask_2nd
+    distinct: int  # how many photos they show, variants of one photo counted once
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) of how many readable images
+    vessel: list[float] = field(default_factory=list)  # share of vessel (mask above 127) of the frame, by image
+
+
+@dataclass
+class SetReport:
+    """What `check_set` found, a line an item: problems make a score or a training wrong, warnings are worth knowing."""
+
+    root: Path  # the folder in the Data1 layout
+    parts: dict[str, PartReport] = field(default_factory=dict)  # those that are there, "train" and "test"
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report for people, a line an item."""
+        lines = [f"{self.root}"]
+        for name, part in self.parts.items():
+            images, masks, fovs, seconds = (part.files[kind] for kind in KINDS)
+            variants = f" (variants of {part.distinct})" if part.distinct < images else ""
+            counts = f"{images} images{variants}, {masks} masks, {fovs} fields of view"
+            lines.append(f"{name}: {counts}, {seconds} second observer's masks")
+            if part.sizes:
+                sizes = (f"{width}x{height} ({count})" for (height, width), count in part.sizes.most_common())
+                lines.append(f"  sizes: {', '.join(sizes)}")
+            if part.vessel:
+                low, mean, high = (f"{100 * how(part.vessel):.1f}" for how in (min, np.mean, max))
+                lines.append(f"  vessel: {mean} % of the frame on average, {low} to {high} %")
+        lines += [f"note: {warning}" for warning in self.warnings]
+        lines += [f"problem: {problem}" for problem in self.problems]
+        lines.append(f"{len(self.problems) or 'no'} problem{'' if len(self.problems) == 1 else 's'}")
+        return lines
+
+
+Print = tuple[str, Path, str, np.ndarray]  # of a readable image: part, file, the photo it shows, fingerprint
+
+
+def check_set(data: str | Path, progress: bool = True) -> SetReport:
+    """Read every file of the dataset at `data`, a folder in the Data1 layout or one that holds it.
+
+    Raises:
+        UserError: there is no such dataset. Whatever is wrong inside one goes into the report.
+    """
+    report = SetReport(find_set(data))
+    prints: list[Print] = []
+    names: set[tuple[str, str]] = set()
+    for part in PARTS:
+        if not (report.root / part).is_dir():
+            report.warnings.append(f"{report.root / part}: no such folder; the dataset has no {part} part")
+            continue
+        files = _check_names(report, part)
+        names |= {(part, name) for name in files["image"]}
+        prints += _check_files(report, part, files, progress)
+    _check_index(report, names)
+    if prints:
+        _check_copies(report, prints)
+    report.problems = list(dict.fromkeys(report.problems))  # both parts may stumble over one photos.csv
+    return report
+
+
+def _check_names(report: SetReport, part: str) -> dict[str, dict[str, Path]]:
+    """Report what the file names of one part tell; returns the files by kind and name."""
+    found = collect_files(report.root, part)
+    report.problems += found.problems
+    images = found.files["image"]
+    for kind, files in found.files.items():
+        folder = report.root / part / kind
+        here = sorted(folder.glob("[!.]*"))
+        others = [path.name for path in here if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file()]
+        alone = [path.name for name, path in files.items() if name not in images]
+        without = [path.name for name, path in images.items() if files and name not in files]
+        lines = [(others, "files are no images and are ignored")]
+        if kind in ("fov", "mask_2nd"):  # of masks these are problems
+            lines += [(alone, "files have no image"), (without, "images have no file here")]
+        report.warnings += [f"{folder}: {len(which)} {what} ({_some(which)})" for which, what in lines if which]
+    return found.files
+
+
+def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]], progress: bool) -> list[Print]:
+    """Open every file of one part; returns the images for the search for copies."""
+    try:
+        photos = {name: photo for name, (photo, _) in photo_ids(report.root, part, files["image"]).items()}
+    except UserError as error:
+        report.problems.append(str(error))
+        photos = {name: name for name in files["image"]}
+    counts = {kind: len(here) for kind, here in files.items()}
+    figures = report.parts[part] = PartReport(counts, len(set(photos.values())))
+    odd: dict[str, list[str]] = defaultdict(list)  # what many masks have in common becomes one line
+    prints = []
+    for name in tqdm(natural_sort({name for here in files.values() for name in here}), part, disable=not progress):
+        size = None
+        for kind, path in ((kind, here[name]) for kind, here in files.items() if name in here):
+            try:
+                pixels = read_image(path) if kind == "image" else read_grey(path)
+            except UserError as error:
+                report.problems.append(str(error))
+                continue
+            if kind == "image":
+                size = pixels.shape[:2]
+                figures.sizes[size] += 1
+                if pixels.min() == pixels.max():
+                    report.problems.append(f"{path}: shows nothing, all its pixels are {pixels.max()}")
+                prints.append((part, path, photos[name], fingerprint(pixels)))
+                continue
+            if size and pixels.shape != size:
+                sizes = " but its image ".join(f"{width}x{height}" for height, width in (pixels.shape, size))
+                report.problems.append(f"{path}: is {sizes}; a mask must have its image's size")
+            share = _check_mask(report, path, pixels, kind, odd)
+            if kind == "mask":
+                figures.vessel.append(share)
+    report.warnings += [f"{part}: {len(names)} {what} ({_some(names)})" for what, names in odd.items()]
+    return prints
+
+
+def _check_mask(report: SetReport, path: Path, mask: np.ndarray, kind: str, odd: dict[str, list[str]]) -> float:
+    """Report what is wrong with the mask (H, W) uint8; returns its share of vessel."""
+    counts = np.bincount(mask.ravel(), minlength=256) / mask.size
+    values, binary = np.count_nonzero(counts), mask.max() == 1
+    share = float(counts[1 if binary else 128 :].sum())
+    if binary:
+        odd[f"{_NAMES[kind]} are of 0 and 1 rather than 0 and 255; they are read as that"].append(path.name)
+    elif remark := mask_remark(mask):
+        report.problems.append(f"{path}: {'is black, so nothing in it would count' if kind == 'fov' else remark}")
+    elif counts[32:224].sum() > GREY_SHARE:
+        report.problems.append(f"{path}: is no mask: it has {values} values, most of them grey")
+    elif kind == "fov" and values > 2:
+        odd["fields of view have more than two values; they are cut at 127"].append(path.name)
+    elif values > 2:
+        what = "have grey edges, as masks resized bilinearly have (the Kaggle set's too)"
+        odd[f"{_NAMES[kind]} {what}"].append(f"{path.name}: {values} values")
+    if kind != "fov" and share > 0.5:
+        report.problems.append(f"{path}: calls {100 * share:.0f} % of the frame vessel; is it inverted?")
+    return share
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
+    """Compare `photos.csv`, where there is one, with the images' (part, name)."""
+    try:
+        rows = read_index(report.root)
+    except UserError:
+        return  # reported when the parts were read
+    if rows is None:
+        return
+    for keys, what in (
+        (files - set(rows), "are not named, so each counts as a photo of its own"),
+        (set(rows) - files, "are named but not there"),
+    ):
+        if keys:
+            names = _some(natural_sort("/".join(key) for key in keys))
+            report.warnings.append(f"{report.root / 'photos.csv'}: {len(keys)} files {what} ({names})")
+
+
+def fingerprint(image: np.ndarray) -> np.ndarray:
+    """What an image (H, W, 3) uint8 shows: (64, 64) float32, of length 1, or all 0 for an image that shows nothing.
+
+    The green channel at 64x64 less its blur, by its local contrast, the rim left out. Plain thumbnails would not do: a
+    bright disc on black is common to all fundus photos.
+    """
+    small = cv2.resize(np.ascontiguousarray(image[:, :, 1]), (PRINT_SIDE, PRINT_SIDE), interpolation=cv2.INTER_AREA)
+    small = small.astype(np.float32)
+    lit = (small > 0.2 * np.percentile(small, 90)).astype(np.float32)
+    rim = np.ones((PRINT_SIDE // 8 + 3,) * 2, np.uint8)
+    lit = cv2.erode(lit, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    detail = (small - _blurred(small, lit, PRINT_SIDE / 16)) * lit
+    contrast = np.sqrt(_blurred(detail**2, lit, PRINT_SIDE / 8))
+    detail = np.where(contrast > 0.1, detail / np.maximum(contrast, 0.1), 0).clip(-3, 3).astype(np.float32)
+    return detail / max(float(np.linalg.norm(detail)), 1e-6)
+
+
+def _blurred(image: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
+    """The Gaussian mean of `image` where `weight` is 1; both (H, W) float32."""
+    return cv2.GaussianBlur(image * weight, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma), 1e-3)
+
+
+def same_photo(fingerprints: np.ndarray) -> Iterator[tuple[int, int, str]]:
+    """Pairs of `fingerprints` (N, 64, 64) that show one photo: (i, j, how j lies to i) with i < j.
+
+    All 8 ways a square falls onto itself are tried; a copy rotated by another angle is not found.
+    """
+    flat = fingerprints.reshape(len(fingerprints), -1)
+    for i, one in enumerate(fingerprints):
+        ways = np.stack([np.rot90(one[:, ::-1] if number >= 4 else one, number % 4) for number in range(8)])
+        likeness = ways.reshape(8, -1) @ flat[i + 1 :].T
+        for j in np.flatnonzero((likeness > SAME_PHOTO).any(axis=0)):
+            yield i, i + 1 + int(j), _WAYS[likeness[:, j].argmax()]
+
+
+def _check_copies(report: SetReport, prints: list[Print]) -> None:
+    """Report test images that are in train too, and copies inside a part that are not known as such."""
+    leaks: dict[Path, list[str]] = defaultdict(list)
+    unknown: dict[str, list[str]] = defaultdict(list)
+    for i, j, how in same_photo(np.stack([fingerprint for *_, fingerprint in prints])):
+        (part, file, photo, _), (other_part, other_file, other_photo, _) = prints[i], prints[j]
+        if part != other_part:
+            leaks[other_file].append(f"{file}" + (f" {how}" if how else ""))
+        elif photo != other_photo:
+            unknown[part].append(f"{file.name} and {other_file.name}")
+    for file, copies in leaks.items():
+        more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
+        report.problems.append(f"{file}: is in train too, as {copies[0]}{more}; a score on it is worth nothing")
+    for part, pairs in unknown.items():
+        report.warnings.append(
+            f"{part}: {len(pairs)} pairs of files show one photo each but count as different photos ({_some(pairs)}); "
+            "give them one photo in photos.csv, or they may be on both sides of a split"
+        )

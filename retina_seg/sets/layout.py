@@ -1,0 +1,230 @@
+"""A dataset on disk, the Data1 layout: which image and mask belong together, which files are variants of one photo.
+
+{train,test}/{image,mask}/<name>.<ending>      images, and masks of the same name
+{train,test}/{fov,mask_2nd}/<name>.<ending>    field of view, second observer's mask (optional)
+photos.csv                                     part,name,photo[,subject]: variants of one photo, eyes of one person
+                                               (optional)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from retina_seg.fov import find_fov
+from retina_seg.images import list_images, read_grey, read_image, read_mask
+from retina_seg.utils import UserError, read_csv
+
+PARTS = ("train", "test")
+KINDS = ("image", "mask", "fov", "mask_2nd")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image with its mask.
+
+    Attributes:
+        name: the image's file name without its ending.
+        image, mask: the two files.
+        photo: what stands for the photo itself: files that are variants of one photo have the same.
+        subject: whose eye it is, where the dataset says; splits keep a person's two eyes on one side.
+        fov, mask_2nd: the field of view and the second observer's mask, where the dataset has them.
+    """
+
+    name: str
+    image: Path
+    mask: Path
+    photo: str
+    subject: str
+    fov: Path | None = None
+    mask_2nd: Path | None = None
+
+
+@dataclass
+class PartFiles:
+    """What one part of a dataset holds: kind (`KINDS`) -> name -> file, and a line for every problem with its remedy."""
+
+    files: dict[str, dict[str, Path]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    problems: list[str] = field(default_factory=list)
+
+
+def find_set(data: str | Path) -> Path:
+    """The folder in the Data1 layout at `data`, or up to three folders below it, as archives unpack.
+
+    Raises `UserError`: no such folder, none in this layout, or several.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; Data1/README.md says how to get the images")
+    level = [data]
+    for _ in range(4):
+        found = [folder for folder in level if any((folder / part / "image").is_dir() for part in PARTS)]
+        if len(found) > 1:
+            names = ", ".join(str(folder) for folder in found[:3])
+            raise UserError(f"{data}: holds several datasets ({names}); name one of them")
+        if found:
+            return found[0]
+        level = [below for folder in level for below in sorted(folder.iterdir()) if below.is_dir()]
+    if (data / "training" / "images").is_dir() or (data / "Image_01L.jpg").is_file():
+        raise UserError(f"{data}: is a dataset as published; convert it first: retina-seg prepare --help")
+    raise UserError(f"{data}: has no train/image or test/image folder; Data1/README.md shows the layout")
+
+
+def collect_files(root: Path, part: str) -> PartFiles:
+    """The files of one part of the dataset at `root`, by kind and name in natural order, with all problems found."""
+    found = PartFiles()
+    folder = root / part
+    for kind in KINDS:
+        needed = kind in ("image", "mask")
+        if not (folder / kind).is_dir():
+            if needed:
+                found.problems.append(f"{folder / kind}: no such folder; Data1/README.md shows the layout")
+            continue
+        try:
+            files = list_images(folder / kind)
+        except UserError as error:
+            found.problems.append(str(error))
+            continue
+        if needed and not files:
+            found.problems.append(f"{folder / kind}: holds no images; Data1/README.md says how to get them")
+        for name, count in Counter(path.stem for path in files).items():
+            if count > 1:
+                found.problems.append(f"{folder / kind}: two files are called {name}; remove or rename one")
+        found.files[kind] = {path.stem: path for path in reversed(files)}
+        found.files[kind] = {path.stem: found.files[kind][path.stem] for path in files}
+    images, masks = found.files["image"], found.files["mask"]
+    if images and masks:
+        for here, there, kind in ((images, masks, "mask"), (masks, images, "image")):
+            found.problems += [
+                f"{path}: has no partner {folder / kind / name}.*; add it or remove this"
+                for name, path in here.items()
+                if name not in there
+            ]
+    return found
+
+
+def list_pairs(data: str | Path | Sequence[str | Path], part: str) -> list[Pair]:
+    """The pairs of one part ("train" or "test") of the dataset at `data`, in natural order, matched by name.
+
+    Args:
+        data: a folder, or several datasets: then names, photos and subjects carry their dataset's folder name.
+
+    Raises `UserError`: no such folder, no images, an image without a mask or a mask without an image, two files of one
+    name, several datasets with one folder name.
+    """
+    if not isinstance(data, (str, Path)) and len(data) != 1:
+        roots = [find_set(one) for one in data]
+        if len({root.name for root in roots}) < max(1, len(roots)):
+            raise UserError(f"--data: several datasets need different folder names, got {', '.join(map(str, roots))}")
+        return [
+            replace(pair, **{key: f"{root.name}/{getattr(pair, key)}" for key in ("name", "photo", "subject")})
+            for root in roots
+            for pair in list_pairs(root, part)
+        ]
+    root = find_set(data if isinstance(data, (str, Path)) else data[0])
+    found = collect_files(root, part)
+    if found.problems:
+        more = len(found.problems) - 1
+        raise UserError(found.problems[0] + (f" (and {more} more problems: retina-seg check)" if more else ""))
+    files = found.files
+    photos = photo_ids(root, part, files["image"])
+    return [
+        Pair(name, path, files["mask"][name], *photos[name], files["fov"].get(name), files["mask_2nd"].get(name))
+        for name, path in files["image"].items()
+    ]
+
+
+def photo_ids(root: Path, part: str, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
+    """The (photo, subject) of each image file: by `photos.csv` where there is one, else by the Kaggle set's own order.
+
+    Raises `UserError`: photos.csv is no such table.
+    """
+    rows = read_index(root)
+    if rows is not None:
+        return {name: rows.get((part, name), (name, name)) for name in images}
+    if part == "train" and _in_fours(images):
+        return {name: (str(int(name) // 4),) * 2 for name in images}
+    return {name: (name, name) for name in images}
+
+
+def read_index(root: Path) -> dict[tuple[str, str], tuple[str, str]] | None:
+    """What `photos.csv` of the dataset says: (part, name) -> (photo, subject); None where there is no such file.
+
+    Raises `UserError`: it is no such table.
+    """
+    index = root / "photos.csv"
+    if not index.is_file():
+        return None
+    rows = read_csv(index, ("part", "name", "photo"))
+    if any(row[key] is None for row in rows for key in ("part", "name", "photo")):
+        raise UserError(f"{index}: has a row that is cut short; mend or remove it")
+    return {(row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"]) for row in rows}
+
+
+def _in_fours(images: dict[str, Path]) -> bool:
+    """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
+    if not images or len(images) % 4 or not all(name.isdecimal() for name in images):
+        return False
+    if sorted(map(int, images)) != list(range(len(images))):
+        return False
+    try:
+        first, second = (read_image(path) for path in list(images.values())[:2])
+    except UserError:
+        return True  # whoever reads it next says what is wrong with it; until then the cautious answer
+    return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
+
+
+# --------------------------------------------------------------------------------------------------- files to arrays
+
+
+def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) uint8 RGB and its mask (H, W) uint8, 0 to 255; a mask of 0/1 is taken as 0/255.
+
+    Raises `UserError`: a file cannot be read, or the two differ in size.
+    """
+    pixels, truth = read_image(image), read_mask(mask)
+    if pixels.shape[:2] != truth.shape:
+        sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels, truth))
+        raise UserError(f"{image} and {mask}: differ in size ({sizes}); a mask must have its image's size")
+    return pixels, truth
+
+
+def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
+    """The field of view (H, W) bool of a pair's image: the dataset's own mask where there is one, else found in the image."""
+    if pair.fov is None:
+        return find_fov(image)
+    fov = read_mask(pair.fov) > 127
+    if fov.shape != image.shape[:2]:
+        raise UserError(f"{pair.fov}: differs in size from its image {pair.image}")
+    return fov
+
+
+def load_with_fov(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8 RGB, mask (H, W) uint8, field of view (H, W) bool. Raises `UserError` as `load_pair`."""
+    image, mask = load_pair(pair.image, pair.mask)
+    return image, mask, load_fov(pair, image)
+
+
+def mask_remark(mask: np.ndarray) -> str | None:
+    """What is odd about a mask (H, W) uint8 as stored, in which nothing is above 127; None where nothing is."""
+    highest = int(mask.max())
+    if highest > 127:
+        return None
+    return {
+        0: "is all black, so its image counts as without vessels; look at it",
+        1: "holds 0 and 1 instead of 0 and 255: 1 is taken as vessel",
+    }.get(highest, f"is black where it is read: its brightest value is {highest}, vessel is above 127")
+
+
+def mask_remarks(pairs: Sequence[Pair]) -> list[str]:
+    """A line for every kind of odd mask among `pairs` (`mask_remark`). Raises `UserError`: a mask cannot be read."""
+    odd: dict[str, list[Path]] = {}
+    for pair in pairs:
+        if remark := mask_remark(read_grey(pair.mask)):
+            odd.setdefault(remark, []).append(pair.mask)
+    more = {remark: f" and {len(files) - 1} more" if len(files) > 1 else "" for remark, files in odd.items()}
+    return [f"warning: {files[0]}{more[remark]}: the mask {remark}" for remark, files in odd.items()]

@@ -1,0 +1,367 @@
+"""Raw public sets -> the Data1 layout (the original's `data_augmentation` notebook, and four sets more).
+
+The original's two steps keep their names: `load_data` lists raw DRIVE, `augment_data` writes images and masks with their
+variants at 512x512. `prepare_set` does the same for every set in `SETS`, with fields of view and second observers. Its
+`photos.csv` says which files show one photo, and whose eye it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from retina_seg.fov import LARGEST_SIDE
+from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
+from retina_seg.sets import atomic_folder, visible
+from retina_seg.sets.layout import KINDS
+from retina_seg.utils import UserError, create_dir, natural_key, write_csv
+
+SIZE = 512  # the side the original resizes everything to
+MAX_ANGLE = 45.0  # the original's Rotate(limit=45)
+SPLITS = ("usual", "train", "test")
+COLUMNS = ("part", "name", "photo", "subject", "variant", "source")
+SEARCH_DEPTH = 2  # how far below SOURCE a set is looked for: archives unpack into a folder of their name
+
+Arrays = dict[str, np.ndarray]  # kind (image, mask, fov, mask_2nd) -> (H, W, 3) or (H, W) uint8
+
+
+@dataclass(frozen=True)
+class RawSet:
+    """How a public set looks when unpacked. Paths are relative to its folder, without endings; case does not matter."""
+
+    name: str
+    total: int  # images with a mask in the complete set
+    layout: str  # its usual files, for error messages
+    image: str  # regular expression of its images' paths
+    mask: str  # the same of an image's mask, with the groups of `image` filled in
+    fov: str = ""  # of its field of view
+    mask_2nd: str = ""  # of the second observer's mask
+    last_train: int | None = (
+        None  # `number` of the last training image; None: by `folder` or, without one, the first half
+    )
+    complete: bool = True  # whether every image has a mask
+    vessel_above: int = 127  # mask values above this are vessel
+
+
+_TABLE = (
+    RawSet(
+        "DRIVE",
+        40,
+        "{training,test}/images/21_training.tif, 1st_manual/21_manual1.gif, mask/21_training_mask.gif",
+        image=r"(?P<folder>training|test)/images/(?P<number>\d+)_(?P=folder)",
+        mask="{folder}/1st_manual/{number}_manual1",
+        fov="{folder}/mask/{number}_{folder}_mask",
+        mask_2nd="{folder}/2nd_manual/{number}_manual2",
+    ),
+    RawSet(
+        "CHASE_DB1",
+        28,
+        "Image_01L.jpg, Image_01L_1stHO.png, Image_01L_2ndHO.png",
+        image=r"(?P<name>(?P<subject>Image_(?P<number>\d+))[LR])",  # a child's two eyes
+        mask="{name}_1stHO",
+        fov="masks?/{name}",
+        mask_2nd="{name}_2ndHO",
+        last_train=10,
+    ),
+    RawSet(
+        "STARE",
+        20,
+        "im0001.ppm, im0001.ah.ppm of the archive labels-ah, im0001.vk.ppm, each perhaps .gz",
+        image=r"([^/]+/)?(?P<name>im\d{4})",  # three archives, unpacked into one folder or into three
+        mask=r"([^/]+/)?{name}\.ah",  # by A. Hoover
+        mask_2nd=r"([^/]+/)?{name}\.vk",  # by V. Kouznetsova
+        complete=False,  # the archive of all 397 images has masks for 20
+    ),
+    RawSet(
+        "HRF",
+        45,
+        "images/01_dr.JPG, manual1/01_dr.tif, mask/01_dr_mask.tif",
+        image=r"images/(?P<name>(?P<number>\d+)_(h|dr|g))",
+        mask="manual1/{name}",
+        fov="mask/{name}_mask",
+        last_train=5,
+    ),
+    RawSet(
+        "LES-AV",
+        22,
+        "images/12.png, vessel-segmentations/12.png, masks/12.gif",
+        image=r"(?P<folder>|training/|test/)images/(?P<name>\d+)",  # some copies are laid out as DRIVE is
+        mask="{folder}(vessel-segmentations|1st_manual)/{name}",
+        fov="{folder}masks?/{name}(_mask)?",
+        vessel_above=0,  # in some copies 1, 2, 3 are artery, vein, both
+    ),
+)
+SETS = {raw.name.lower(): raw for raw in _TABLE}
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """An image of a raw set."""
+
+    name: str  # its file name without endings; `photos.csv` calls the photo so
+    files: dict[str, Path]  # its "image", and "mask", "fov", "mask_2nd" where it has them
+    groups: dict[str, str] = field(default_factory=dict)  # what the set's `image` pattern takes from its path
+    part: str = ""  # "train" or "test", by the set's usual split
+
+
+def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
+    """The images of the set at `source`, or up to two folders below it, in natural order, those for training first.
+
+    Raises:
+        UserError: no such folder, it holds no such set, or several; an image without its mask.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        state = "is no folder; unpack the archive first" if source.exists() else "no such folder"
+        raise UserError(f"{source}: {state}; give the folder {raw.name} was unpacked to")
+    below = _files_below(source)
+    found = _search(raw, below)
+    if len(found) > 1:
+        names = ", ".join(str(source / root) for root in sorted(found)[:3])
+        raise UserError(f"{source}: holds {raw.name} several times ({names}); name one of them")
+    if not found:
+        other = next((key for key in SETS if _search(SETS[key], below)), None)
+        hint = f"it looks like {SETS[other].name}: retina-seg prepare {other}" if other else "check the folder and its masks"
+        raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); {hint}")
+    (images,) = found.values()
+    labelled = [image for image in images if "mask" in image.files]
+    parts: dict[str, list[RawImage]] = {"train": [], "test": []}
+    for image in images:
+        if raw.complete and image not in labelled:
+            mask = raw.mask.format(**image.groups)
+            raise UserError(
+                f"{image.files['image']}: its mask {mask}.* is missing; complete the download or remove this"
+            )
+        if folder := image.groups.get("folder"):
+            training = folder.lower().startswith("training")
+        elif raw.last_train is not None:
+            training = int(image.groups["number"]) <= raw.last_train
+        else:
+            training = image in labelled[: (len(labelled) + 1) // 2]
+        part = "train" if training else "test"
+        parts[part].append(replace(image, part=part))
+    return parts["train"] + parts["test"]
+
+
+def _stem(path: Path) -> str:
+    """The file name without its ending, and without .gz after that: im0001.ah of im0001.ah.ppm.gz."""
+    return Path(path.name[:-3] if path.name.lower().endswith(".gz") else path.name).stem
+
+
+def _files_below(source: Path) -> dict[str, Path]:
+    """The image files in `source` and below, by relative path without endings, in natural order of their names.
+
+    Of several with one such path, one that is not packed is taken.
+    """
+    found, level = [], [("", source)]
+    for _ in range(SEARCH_DEPTH + 3):  # a set's own files are up to two folders deep
+        here = [(prefix, path) for prefix, folder in level for path in visible(folder)]
+        level = [(f"{prefix}{path.name}/", path) for prefix, path in here if path.is_dir()]
+        found += [(prefix + _stem(path), path) for prefix, path in here if path.is_file()]
+    found.sort(key=lambda item: (natural_key(_stem(item[1]).lower()), item[1].suffix.lower() == ".gz"))
+    files: dict[str, Path] = {}
+    for key, path in found:
+        if path.name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES):
+            files.setdefault(key, path)
+    return files
+
+
+def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
+    """The folders laid out as `raw` among the files `below`, with a mask at least: relative path -> images.
+
+    Where folders at several levels are, those at the top count.
+    """
+    pattern = re.compile(rf"(?P<root>([^/]+/){{0,{SEARCH_DEPTH}}}?){raw.image}", re.IGNORECASE)
+    found: dict[str, dict[str, RawImage]] = {}
+    for key, path in below.items():
+        if match := pattern.fullmatch(key):
+            groups = match.groupdict()
+            images = found.setdefault(groups.pop("root"), {})
+            images.setdefault(str(groups), RawImage(_stem(path), {"image": path}, groups))
+    for root, images in found.items():
+        inside = {key[len(root) :]: path for key, path in below.items() if key.startswith(root)}
+        for image in images.values():
+            for kind in KINDS[1:]:
+                wanted = re.compile(getattr(raw, kind).format(**image.groups), re.IGNORECASE)
+                if key := next(filter(wanted.fullmatch, inside), None):
+                    image.files[kind] = inside[key]
+    found = {root: images for root, images in found.items() if any("mask" in i.files for i in images.values())}
+    top = min((root.count("/") for root in found), default=0)
+    return {root: list(images.values()) for root, images in found.items() if root.count("/") == top}
+
+
+def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
+    """List raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`, paths in order, paired by their number.
+
+    Raises:
+        UserError: `path` is not DRIVE, or an image has no mask.
+    """
+    images = list_raw(SETS["drive"], path)
+    train, test = ([image.files for image in images if image.part == part] for part in ("train", "test"))
+    return tuple(([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
+
+
+def augment_data(
+    images: Sequence[str | Path],
+    masks: Sequence[str | Path],
+    save_path: str | Path,
+    augment: bool = True,
+    seed: int = 42,
+) -> None:
+    """Write every image and its mask, resized to 512x512, as `save_path/{image,mask}/<name>_<k>.png`.
+
+    k is 0 for the image itself, 1 mirrored left-right, 2 mirrored top-bottom, 3 rotated by up to 45 degrees; without
+    `augment` only 0 is written. The angles are drawn by `seed`.
+
+    Raises:
+        UserError: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
+    """
+    if len(images) != len(masks):
+        raise UserError(f"{len(images)} images but {len(masks)} masks: every image needs one mask")
+    for image, mask in tqdm(zip(images, masks, strict=True), total=len(images)):
+        raw = RawImage(_stem(Path(image)), {"image": Path(image), "mask": Path(mask)})
+        for k, pixels in enumerate(_variants(raw, 127, SIZE, augment, seed)):
+            for kind, array in pixels.items():
+                write_image(create_dir(Path(save_path) / kind) / f"{raw.name}_{k}.png", array)
+
+
+def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int) -> Iterator[Arrays]:
+    """The image with all that belongs to it, and with `augment` its three variants, resized to `side`."""
+    pixels = _load(raw, above)
+    yield _resized(pixels, side)
+    if augment:
+        yield _resized({kind: array[:, ::-1] for kind, array in pixels.items()}, side)
+        yield _resized({kind: array[::-1] for kind, array in pixels.items()}, side)
+        # an angle of its own, whatever other images there are
+        rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])
+        yield _resized(rotated(pixels, float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))), side)
+
+
+def _load(raw: RawImage, vessel_above: int) -> Arrays:
+    """The image, RGB, and the other kinds as 0 and 255. Raises `UserError`: a file cannot be read, or two differ in size.
+
+    Masks are binarised before anything is resized: DRIVE's second observer decodes to 3 and 253.
+    """
+    pixels = {"image": read_image(raw.files["image"])}
+    for kind, path in raw.files.items():
+        if kind == "image":
+            continue
+        array = read_mask(path)
+        if array.shape != pixels["image"].shape[:2]:
+            sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels["image"], array))
+            raise UserError(f"{raw.files['image']} and {path}: differ in size ({sizes}); download the two again")
+        pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
+    return pixels
+
+
+def rotated(pixels: Arrays, angle: float) -> Arrays:
+    """Arrays rotated anticlockwise by `angle` degrees, "image" bilinearly, the others to the nearest pixel.
+
+    The package's one use of albumentations, which is no longer developed: the original's `Rotate`, with the angle given
+    rather than drawn, because its releases seed their draws in different ways. What enters from beyond the frame is
+    mirrored, as in the Kaggle set (the default until albumentations 2, which leaves it black).
+    """
+    # it asks the network for a newer version when imported, and importing it takes seconds
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import albumentations
+
+    rotate = albumentations.Rotate(limit=(angle, angle), border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    kinds = [kind for kind in pixels if kind != "image"]
+    done = albumentations.Compose([rotate])(image=pixels["image"], masks=[pixels[kind] for kind in kinds])
+    return {"image": done["image"], **dict(zip(kinds, done["masks"], strict=True))}
+
+
+def _resized(pixels: Arrays, side: int | None) -> Arrays:
+    """Arrays at `side` x `side` (None: as they are), as the original's `cv2.resize`: masks get grey edges.
+
+    The field of view stays two-valued: a pixel counts or does not.
+    """
+    pixels = {kind: np.ascontiguousarray(array) for kind, array in pixels.items()}
+    if side is None:
+        return pixels
+    pixels = {kind: cv2.resize(array, (side, side)) for kind, array in pixels.items()}
+    if "fov" in pixels:
+        pixels["fov"] = (pixels["fov"] > 127).astype(np.uint8) * 255
+    return pixels
+
+
+def prepare_set(
+    name: str,
+    source: str | Path,
+    destination: str | Path,
+    size: str | int = "512",
+    split: str = "usual",
+    progress: bool = True,
+    seed: int = 42,
+) -> Path:
+    """Write a raw public set to `destination` in the Data1 layout, whole or not at all.
+
+    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k, its two mirror images and a rotated one; test
+    files 0 … 19. All other files have their images' own names, followed by `_<k>` for variants.
+
+    What is odd but no mistake (images without a mask, an incomplete set) is printed.
+
+    Args:
+        name: a key of `SETS`; case, - and _ do not matter.
+        source: the folder the set was unpacked to, or one or two above it.
+        destination: a folder that is not there yet, or holds nothing but a README.md; it is returned.
+        size: side in pixels that all is resized to (bilinearly, aspect ratio not kept, as in the original), or "native".
+        split: "usual", or "train" or "test" to put every image into that part.
+        seed: of the angles of the rotated variants.
+
+    Raises:
+        UserError: an unknown set, size or split; `source` is missing or not that set; an image without its mask; files
+            that cannot be read or differ in size; `destination` is not empty or lies inside `source`.
+    """
+    raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
+    if raw is None:
+        raise UserError(f"{name}: no such set; choose one of {', '.join(SETS)}")
+    text = str(size)
+    if text != "native" and not (text.isascii() and text.isdecimal() and 1 <= int(text) <= LARGEST_SIDE):
+        raise UserError(f"--size {size}: give a number of pixels (up to {LARGEST_SIDE}) or native")
+    side = None if text == "native" else int(text)
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
+    images = list_raw(raw, source)
+    source, destination = Path(source), Path(destination)
+    inside = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle
+    if inside == source.resolve() or source.resolve() in inside.parents:
+        raise UserError(f"{destination}: lies inside the raw images {source}; choose a folder elsewhere")
+    labelled = [image for image in images if "mask" in image.files]
+    if len(labelled) < len(images):
+        print(f"{raw.name}: {len(images) - len(labelled)} images without a mask are left out")
+    if len(labelled) < raw.total:
+        print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
+    if split != "usual":
+        labelled = [replace(image, part=split) for image in labelled]
+    augment = raw.name == "DRIVE" and side == SIZE
+    rows = []
+    with atomic_folder(destination) as folder:
+        for image in tqdm(labelled, desc=raw.name, unit="image", disable=not progress):
+            many = augment and image.part == "train"
+            number = [other.part for other in labelled[: labelled.index(image)]].count(image.part)
+            for k, pixels in enumerate(_variants(image, raw.vessel_above, side, many, seed)):
+                file = f"{image.name}_{k}" if many else image.name
+                if augment and split == "usual":
+                    file = str(4 * number + k if many else number)
+                for kind, array in pixels.items():
+                    write_image(create_dir(folder / image.part / kind) / f"{file}.png", array)
+                row = (
+                    image.part,
+                    file,
+                    image.name,
+                    image.groups.get("subject", image.name),
+                    k,
+                    image.files["image"].name,
+                )
+                rows.append(dict(zip(COLUMNS, row, strict=True)))
+        write_csv(folder / "photos.csv", COLUMNS, rows)
+    return destination

@@ -1,0 +1,294 @@
+"""From an image to what the network is fed and back: the working frame, padding, the tensor, and augmentation.
+
+Training, validation, inference and the ONNX metadata use the same frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from retina_seg.fov import LARGEST_SIDE, fov_box, fov_diameter
+from retina_seg.utils import UserError
+
+SAME_SCALE = 0.03  # within this an image is not resized: interpolation would cost more than it mends
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32 BGR in [0, 1]: what the networks are fed (the original's channel order)."""
+    return torch.from_numpy(np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))).float() / 255
+
+
+def mask_to_tensor(mask: np.ndarray) -> Tensor:
+    """(H, W) uint8 -> (1, H, W) float32 in [0, 1]; fractions on the edges of a resized mask are kept."""
+    return torch.from_numpy(np.ascontiguousarray(mask)).unsqueeze(0).float() / 255
+
+
+# ---------------------------------------------------------------------------------------------------- the working frame
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one image lies in a frame: `box` (top, left, bottom, right) is cut out of it and resized to `size`.
+
+    Attributes:
+        size: (height, width) in the frame, pixels.
+        image_how, mask_how: OpenCV's interpolation for images and masks.
+    """
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    image_how: int = cv2.INTER_LINEAR
+    mask_how: int = cv2.INTER_LINEAR
+
+    def enter(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (h, w, 3) uint8 in the frame."""
+        return self._enter(image, self.image_how)
+
+    def enter_mask(self, mask: np.ndarray) -> np.ndarray:
+        """(H, W) uint8 -> (h, w) uint8 in the frame."""
+        return self._enter(mask, self.mask_how)
+
+    def _enter(self, array: np.ndarray, how: int) -> np.ndarray:
+        top, left, bottom, right = self.box
+        part = array[top:bottom, left:right]
+        return part if part.shape[:2] == self.size else cv2.resize(part, self.size[::-1], interpolation=how)
+
+    def leave(self, logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Logits (h, w) float32 in the frame -> probability (H, W) float32 in [0, 1] on the image, 0 beside the box.
+
+        Logits are interpolated, not probabilities: these are flat where the network is sure, which shifts edges.
+        """
+        top, left, bottom, right = self.box
+        if logits.shape != (bottom - top, right - left):
+            logits = cv2.resize(logits, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR)
+        inside = torch.sigmoid(torch.from_numpy(logits)).numpy()
+        if inside.shape == shape:
+            return inside
+        probability = np.zeros(shape, np.float32)
+        probability[top:bottom, left:right] = inside
+        return probability
+
+
+@dataclass(frozen=True)
+class ResizeFrame:
+    """The whole image resized to (height, width) pixels, aspect ratio not kept: the original's preparation."""
+
+    height: int = 512
+    width: int = 512
+    margin = 0  # strides of black around the image
+
+    def place(self, fov: np.ndarray) -> Placement:
+        """How an image with the field of view `fov` (H, W) bool lies in the frame; only its shape counts here."""
+        return Placement((0, 0, *fov.shape), (self.height, self.width))
+
+    def with_size(self, size: int) -> ResizeFrame:
+        """The same at `size` x `size` pixels."""
+        return ResizeFrame(size, size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as checkpoints keep them."""
+        return {"kind": "resize", "size": [self.height, self.width]}
+
+
+@dataclass(frozen=True)
+class FovFrame:
+    """The box of the field of view, scaled by the field's diameter, aspect ratio kept.
+
+    Attributes:
+        fov_diameter: what the diameter is brought to, pixels.
+        largest_diameter: where given, a larger field of view is brought half way, to the geometric mean of its diameter
+            and `fov_diameter`, but to no more than this: larger images show and label finer vessels.
+    """
+
+    fov_diameter: float
+    largest_diameter: float | None = None
+    margin = 2  # strides of black around the image: the dark surround that the box cut off
+
+    def working_diameter(self, diameter: float) -> float:
+        """The diameter in the frame, pixels, of a field of view of `diameter` pixels on the image."""
+        half_way = math.sqrt(self.fov_diameter * diameter)
+        return min(max(self.fov_diameter, half_way), self.largest_diameter or self.fov_diameter)
+
+    def place(self, fov: np.ndarray) -> Placement:
+        """How an image with the field of view `fov` (H, W) bool lies in the frame."""
+        top, left, bottom, right = box = fov_box(fov)
+        diameter = max(fov_diameter(fov), 1.0)
+        scale = self.working_diameter(diameter) / diameter
+        if abs(scale - 1) <= SAME_SCALE:
+            return Placement(box, (bottom - top, right - left))
+        size = (max(1, round((bottom - top) * scale)), max(1, round((right - left) * scale)))
+        if scale < 1:
+            return Placement(box, size, cv2.INTER_AREA, cv2.INTER_AREA)
+        return Placement(box, size, cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+
+    def with_size(self, size: int) -> FovFrame:
+        """The same for one diameter of `size` pixels."""
+        return FovFrame(size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as checkpoints keep them."""
+        largest = {} if self.largest_diameter is None else {"largest_diameter": self.largest_diameter}
+        return {"kind": "fov", "fov_diameter": self.fov_diameter, **largest}
+
+
+Frame = ResizeFrame | FovFrame
+
+
+def frame_from_dict(value: Any) -> Frame:
+    """The frame that `to_dict` wrote. Raises `ValueError` where it is none."""
+    try:
+        if value["kind"] in ("resize", "squeeze"):  # the second in checkpoints of earlier versions
+            height, width = value["size"]
+            if all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (height, width)):
+                return ResizeFrame(height, width)
+        elif value["kind"] == "fov":
+            frame = FovFrame(value["fov_diameter"], value.get("largest_diameter"))
+            if 0 < frame.fov_diameter <= (frame.largest_diameter or frame.fov_diameter) <= LARGEST_SIDE:
+                return frame
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"working frame {str(value)[:120]} is none this version knows")
+
+
+def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """`image` (H, W[, C]) in zeros, height and width multiples of `stride`; and where it lies in the result.
+
+    Args:
+        margin: strides of zeros at the top and left, and at least as much at the bottom and right.
+    """
+    height, width = image.shape[:2]
+    space = margin * stride
+    # two strides at least: the deepest level needs more than one pixel
+    sides = [max(2 * stride, math.ceil((side + 2 * space) / stride) * stride) for side in (height, width)]
+    padded = np.zeros((*sides, *image.shape[2:]), image.dtype)
+    inside = (slice(space, space + height), slice(space, space + width))
+    padded[inside] = image
+    return padded, inside
+
+
+# --------------------------------------------------------------------------------------------------------- augmentation
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly training images are augmented; every draw is fresh. Zero switches a step off.
+
+    Attributes:
+        rotate: largest rotation to either side, degrees.
+        flip: whether to mirror half of the draws.
+        scale, stretch: standard deviation of the logarithm of the size, and of the ratio of the two sides.
+        bend: elastic displacement, standard deviation in pixels.
+        gamma, contrast, light, cast: standard deviation of the logarithm of gamma, of contrast, of brightness, and of
+            each channel's gain on its own.
+        grey: largest share of colour taken away.
+        shade: standard deviation of the logarithm of a smooth uneven illumination.
+        blur, noise: largest Gaussian blur (pixels) and noise (share of full scale); both in half of the draws.
+        recolour: share of draws whose light and colours are changed at all.
+        exact: share of draws that are only rotated by quarters and mirrored, without interpolation.
+    """
+
+    rotate: float = 180.0
+    flip: bool = True
+    scale: float = 0.12
+    stretch: float = 0.06
+    bend: float = 2.0
+    gamma: float = 0.25
+    contrast: float = 0.2
+    light: float = 0.15
+    cast: float = 0.12
+    grey: float = 0.5
+    shade: float = 0.15
+    blur: float = 0.8
+    noise: float = 0.03
+    recolour: float = 1.0
+    exact: float = 0.25
+
+    @classmethod
+    def changed(cls, changes: dict[str, Any]) -> Augmentation:
+        """The defaults with `changes`. Raises `UserError` for an unknown name, or a value that is no number from 0 on."""
+        for name, value in changes.items():
+            if name not in cls.__dataclass_fields__:
+                raise UserError(f"--augmentation {name}: unknown; choose from {', '.join(cls.__dataclass_fields__)}")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise UserError(f"--augmentation {name} {str(value)[:80]}: must be a number from 0 on")
+        return replace(cls(), **changes)
+
+
+def augment_geometry(
+    image: np.ndarray, mask: np.ndarray, size: int, how: Augmentation, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A patch of image and mask together, rotated, scaled and elastically deformed in a single interpolation.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, the box of the field of view; mask: (H, W) uint8.
+        size: side of the patch, pixels.
+
+    Returns:
+        (size, size, 3) uint8 and (size, size) uint8; black beyond the image.
+    """
+
+    def middle(side: int) -> float:
+        # patches stay inside the image where it is larger than they are, so that black surround is not learnt at length
+        slack = max(0.0, (side - size) / 2 + size / 8)
+        return side / 2 + rng.uniform(-slack, slack)
+
+    row, column = middle(image.shape[0]), middle(image.shape[1])
+    exact = rng.random() < how.exact
+    angle = rng.integers(4) * np.pi / 2 if exact else np.deg2rad(rng.uniform(-how.rotate, how.rotate))
+    scale, stretch = (1.0, 1.0) if exact else np.exp(rng.normal(0, [how.scale, how.stretch]))
+    mirror = -1.0 if how.flip and rng.random() < 0.5 else 1.0
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = turn @ np.diag([mirror / (scale * stretch), stretch / scale])  # patch to image, (x, y)
+    centre = np.array([column, row])
+    if exact:  # whole pixels onto whole pixels
+        linear = np.round(linear)
+        centre = np.floor(centre) + (size % 2 == 0) * 0.5
+    shift = centre - linear @ np.full(2, (size - 1) / 2)
+    matrix = np.hstack([linear, shift[:, None]])
+    if how.bend and not exact:
+        ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
+        knots = (max(3, size // 64),) * 2
+        bent = [
+            cv2.resize(rng.normal(0, how.bend, knots).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+            for _ in "xy"
+        ]
+        map_x, map_y = (m[0] * xs + m[1] * ys + m[2] + b for m, b in zip(matrix.astype(np.float32), bent, strict=True))
+        return (
+            cv2.remap(image, map_x, map_y, cv2.INTER_CUBIC),
+            cv2.remap(mask, map_x, map_y, cv2.INTER_LINEAR),
+        )
+    image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+    return (
+        cv2.warpAffine(image, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | image_how),
+        cv2.warpAffine(mask, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | mask_how),
+    )
+
+
+def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Another camera's light and colours on (H, W, 3) float32 in [0, 1]; black stays black. The same shape and range."""
+    side = image.shape[:2][::-1]
+    grey = image.mean(axis=2, keepdims=True)
+    image = image + rng.uniform(0, how.grey) * (grey - image)
+    image = image ** np.float32(np.exp(rng.normal(0, how.gamma)))
+    lit = image[grey[..., 0] > 0.04]
+    centre = lit.mean(axis=0) if len(lit) else np.zeros(3, np.float32)
+    gain = np.exp(rng.normal(0, how.light) + rng.normal(0, how.cast, 3)).astype(np.float32)
+    contrast = np.float32(np.exp(rng.normal(0, how.contrast)))
+    # contrast about the mean of what is lit; the surround would turn grey, so it keeps its place by the fade near black
+    fade = np.clip(grey / 0.1, 0, 1)
+    image = (image + fade * (contrast - 1) * (image - centre)) * gain
+    if how.shade:
+        field = cv2.resize(rng.normal(0, how.shade, (4, 4)).astype(np.float32), side, interpolation=cv2.INTER_CUBIC)
+        image = image * np.exp(field)[..., None]
+    if how.blur and rng.random() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, max(0.21, how.blur)))
+    if how.noise and rng.random() < 0.5:
+        image = image + rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
+    return np.clip(image, 0, 1, dtype=np.float32)

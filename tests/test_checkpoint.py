@@ -1,0 +1,270 @@
+"""Checkpoints in and out; a training that is stopped, killed or runs out of room goes on as if nothing had been."""
+
+import errno
+import hashlib
+import itertools
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import shaken
+from test_train import Killed, at_step, die, same_weights, tiny, weights_of, without_curves  # noqa: F401
+
+from retina_seg import checkpoint
+from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, load_last, load_model, save_last, save_model
+from retina_seg.config import TrainConfig
+from retina_seg.model import AttentionUNet, build_model
+from retina_seg.train import fit
+from retina_seg.utils import UserError, without_nan
+
+SMALL = {"width": 8, "deepest": 8, "fine": 2}
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return shaken(build_model("fast_attention_unet", **SMALL), seed)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a good checkpoint."""
+    path = tmp_path / "checkpoint.pth"
+    save_model(path, network(), "fast_attention_unet", SMALL, threshold=0.5)
+    return path
+
+
+def test_save_and_load_is_bit_equal_and_the_notes_are_kept(tmp_path):
+    path, model = tmp_path / "a b.pth", network()
+    notes = {"threshold": 0.42, "frame": {"kind": "resize", "size": [512, 512]}, "note": None}
+    save_model(path, model, "fast_attention_unet", SMALL, **notes)
+    loaded, told = load_model(path)
+    assert not loaded.training and same_weights(loaded.state_dict(), model.state_dict())
+    assert told == {"format": CHECKPOINT_FORMAT, "model": "fast_attention_unet", "arguments": SMALL, **notes}
+    assert checkpoint.weights_id(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def test_a_plain_state_dict_of_the_original_loads(tmp_path):
+    original = shaken(AttentionUNet())
+    torch.save(original.state_dict(), tmp_path / "checkpoint.pth")  # as the original's notebook does
+    loaded, told = load_model(tmp_path / "checkpoint.pth")
+    assert isinstance(loaded, AttentionUNet) and told["model"] == "attention_unet"
+    assert same_weights(loaded.state_dict(), original.state_dict())
+
+
+def test_weights_are_found_by_file_run_folder_or_name(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert checkpoint.find_weights(saved) == checkpoint.find_weights(saved.parent) == saved
+    assert load_model("drive")[1]["model"] == "fast_attention_unet" and "drive" in checkpoint.pretrained_weights()
+    (saved.parent / "general").mkdir()  # a folder comes before a name
+    for name, said in (("general", "general: holds no checkpoint.pth"), ("nowhere", "pretrained weights: drive")):
+        with pytest.raises(UserError, match=said):
+            checkpoint.find_weights(name)
+
+
+# -------------------------------------------------------------------------------------------------- what is no checkpoint
+
+
+class Bomb:
+    """Unpickled, it makes a folder: the harmless stand-in for any code."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("load", [load_model, lambda path: load_last(path.parent)])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, writer, load):
+    target, path = tmp_path / "made", tmp_path / LAST
+    assert pickle.loads(pickle.dumps(Bomb(str(target)))) is None  # plain unpickling runs it
+    target.rmdir()
+    writer({"format": CHECKPOINT_FORMAT, "model": Bomb(str(target))}, path)
+    with pytest.raises(UserError, match=f"{LAST}.*safely"):
+        load(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" * 99, pickle.dumps([1, 2]), 0.5, 0.999])
+def test_what_is_no_checkpoint_is_refused_by_name(saved, content):
+    whole = saved.read_bytes()
+    saved.write_bytes(content if isinstance(content, bytes) else whole[: int(len(whole) * content)])
+    with pytest.raises(UserError, match="checkpoint.pth: is not a checkpoint"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("state_dict"), "incomplete"),
+        (lambda c: c.update(arguments=None), "incomplete"),
+        (lambda c: c.update(format="retina_seg checkpoint 99"), "not a checkpoint of this package"),
+        (lambda c: c.clear(), "not a checkpoint of this package"),
+        (lambda c: c.update(model="unet"), "unknown"),
+        (lambda c: c.update(arguments={"depth": 3}), "depth"),
+        (lambda c: c.update(arguments={**SMALL, "deepest": 16}), "another architecture than fast_attention_unet"),
+        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "another architecture.*extra"),
+        (lambda c: c["state_dict"].pop("fine.0.1.running_var"), "another architecture.*fine.0.1.running_var"),
+        (lambda c: c["state_dict"].update({"e1.conv1.weight": "x"}), "another architecture"),
+        (lambda c: c["state_dict"].update({3: torch.zeros(1)}), "another architecture"),
+        (lambda c: c["state_dict"]["head.weight"].flatten()[:1].fill_(float("nan")), "not finite"),
+        (lambda c: c["state_dict"]["stem.1.running_var"][:1].fill_(float("inf")), "not finite"),
+    ],
+)
+def test_a_checkpoint_that_is_incomplete_or_of_another_network_is_refused(saved, change, message):
+    value = torch.load(saved, weights_only=True)
+    change(value)
+    torch.save(value, saved)
+    with pytest.raises(UserError, match=f"checkpoint.pth: .*{message}"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.99])
+def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share):
+    resource = pytest.importorskip("resource")
+    before, limit = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a file that may not grow further stands for a full disk: it fails at any byte, and in the same way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before) * share), limit[1]))
+    try:
+        with pytest.raises(UserError, match="checkpoint.pth: cannot be written"):
+            save_model(saved, network(2), "fast_attention_unet", SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+# ------------------------------------------------------------------------------------------------- going on with a run
+
+
+def config_of(frame, data, folder, **changes) -> TrainConfig:
+    """Three epochs of four steps: with dropout and EMA weights ("fov"), or of the notebook's preset, the best one kept."""
+    if frame == "resize":
+        small = {"size": 32, "batch_size": 1, "epochs": 3, "precision": "float32"}
+        return TrainConfig.notebook(**{**small, "data": str(data), "output": str(folder), **changes})
+    arguments = {"width": 4, "deepest": 8, "fine": 4, "dropout": 0.3}
+    return tiny(data, folder, **{"patches": 8, "epochs": 3, "model_arguments": arguments, **changes})
+
+
+def ends_equal(a, b) -> bool:
+    histories = [[{**row, "seconds": 0} for row in load_last(folder)["state"]["history"]] for folder in (a, b)]
+    return same_weights(weights_of(a), weights_of(b)) and without_nan(histories[0]) == without_nan(histories[1])
+
+
+def go_on(config):
+    torch.rand(5)  # the random state of a new process is another
+    return fit(config, resume=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_set, tmp_path_factory):
+    """frame -> the folder of a run that was never stopped. Read only."""
+    configs = {name: config_of(name, tiny_set, tmp_path_factory.mktemp("whole") / name) for name in ("fov", "resize")}
+    return {name: fit(config, progress=False).folder for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_set, tmp_path_factory):
+    """The folder of a "fov" run killed in its 7th step, of the second epoch."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with at_step(7, die), pytest.raises(Killed):
+        fit(config_of("fov", tiny_set, folder), progress=False)
+    return folder
+
+
+@pytest.fixture
+def broken(killed, tmp_path):
+    """A copy of `killed` to do harm to."""
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("frame", "workers"), [("fov", (0, 0)), ("resize", (0, 0)), ("fov", (1, 0)), ("resize", (0, 1))]
+)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
+def test_a_run_stopped_twice_ends_with_the_same_weights(tiny_set, tmp_path, whole, frame, workers):
+    first, second = (config_of(frame, tiny_set, tmp_path / "a run", workers=number) for number in workers)
+    with at_step(6, die), pytest.raises(Killed):
+        fit(first, progress=False)
+    assert load_last(tmp_path / "a run")["state"]["step"] == 4  # the first epoch
+    with at_step(6, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt) as stop:
+        go_on(second)
+    assert "stopped in epoch 3 of 3" in str(stop.value)
+    assert f"retina-seg train --resume '{tmp_path / 'a run'}'" in str(stop.value)
+    assert load_last(tmp_path / "a run")["state"]["step"] == 8
+    run = go_on(second)
+    assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    assert ends_equal(tmp_path / "a run", whole[frame])
+    before = (tmp_path / "a run/checkpoint.pth").read_bytes()
+    go_on(second)  # nothing is left to do
+    assert (tmp_path / "a run/checkpoint.pth").read_bytes() == before
+
+
+def test_a_run_killed_before_anything_was_saved_starts_at_step_one(tiny_set, tmp_path, whole, capsys):
+    config = config_of("fov", tiny_set, tmp_path)
+    with at_step(2, die), pytest.raises(Killed):
+        fit(config, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / ".0123456789ab.partial.pth").write_bytes(b"half")  # what it was writing
+    go_on(config)
+    assert "no epoch was finished yet" in capsys.readouterr().out and not list(tmp_path.glob(".*"))
+    assert ends_equal(tmp_path, whole["fov"])
+
+
+@pytest.mark.parametrize("harm", [0, 0.6, 0.999, {"ema": None}, {"model": {}}, {"optimizer": {}}, {"random": {}}])
+def test_a_damaged_last_pth_or_one_of_another_config_is_named_and_nothing_is_changed(tiny_set, broken, harm):
+    if isinstance(harm, dict):
+        save_last(broken, {**load_last(broken), **harm})
+    else:
+        os.truncate(broken / LAST, int((broken / LAST).stat().st_size * harm))
+    before = {path.name: path.read_bytes() for path in broken.iterdir()}
+    with pytest.raises(UserError, match=f"{LAST}: is not (a checkpoint|of this config)"):
+        go_on(config_of("fov", tiny_set, broken))
+    assert before == {path.name: path.read_bytes() for path in broken.iterdir()}
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 16}, {"seed": 1}, {"model_arguments": {"width": 8}}])
+def test_a_run_does_not_go_on_by_another_config(tiny_set, broken, changes):
+    with pytest.raises(UserError, match=f"config has another {next(iter(changes))}"):
+        go_on(config_of("fov", tiny_set, broken, **changes))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_not_gone_on_with(tiny_set, broken, tmp_path):
+    before = (broken / LAST).read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(config_of("fov", tiny_set, broken), progress=False)
+    assert (broken / LAST).read_bytes() == before
+    with pytest.raises(UserError, match="holds no run to go on with"):
+        go_on(config_of("fov", tiny_set, tmp_path / "none"))
+
+
+SAVES = [
+    ("fsync", 1, "checkpoint", 1),
+    ("replace", 2, "last", 1),
+    ("fsync", 3, "history", 2),
+    ("replace", 5, "last", 2),
+]
+
+
+@pytest.mark.parametrize(("call", "number", "file", "epochs"), SAVES)
+def test_a_full_disk_at_any_save_stops_the_run_which_then_goes_on(
+    tiny_set, broken, whole, monkeypatch, call, number, file, epochs
+):
+    count, real = itertools.count(1), getattr(os, call)
+
+    def full(*arguments):
+        if next(count) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(UserError, match=rf"{file}\.\w+: cannot be written \(No space left"):
+            go_on(config_of("fov", tiny_set, broken))
+    assert load_last(broken)["state"]["epoch"] == epochs
+    go_on(config_of("fov", tiny_set, broken))
+    assert ends_equal(broken, whole["fov"])
