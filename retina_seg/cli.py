@@ -226,10 +226,11 @@ def _predict(options: argparse.Namespace) -> int:
     argument("--output", "the run's folder, or the next free name", "results/run"),
 )
 def _run(options: argparse.Namespace) -> None:
+    from retina_seg.checkpoint import free_folder
     from retina_seg.data import list_pairs
     from retina_seg.sets.synthetic import data_or_synthetic
     from retina_seg.test import original_lines, table, test
-    from retina_seg.train import fit, free_folder
+    from retina_seg.train import fit
 
     folder, synthetic = data_or_synthetic(options.data)
     if synthetic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,7 @@ def _option(
 class TrainConfig:
     """All that is needed to repeat a training. What each field means stands beside it; `PRESETS` has the presets.
 
-    Raises:
-        UserError: by `check`, for the first value that cannot be.
+    Raises `UserError`: by `check`, for the first value that cannot be.
     """
 
     preset: str = "custom"
@@ -102,7 +102,7 @@ class TrainConfig:
         """The preset `name` with `changes`. Raises `UserError` for an unknown name."""
         if name not in PRESETS:
             raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
-        return cls(**{"preset": name, **PRESETS[name].values, **changes})
+        return cls(**{"preset": name, **copy.deepcopy(PRESETS[name].values), **changes})
 
     @classmethod
     def notebook(cls, **changes: Any) -> TrainConfig:

@@ -42,9 +42,8 @@ class Counts(_Additive):
 def count(mask: np.ndarray, predicted: np.ndarray, region: np.ndarray | None = None) -> Counts:
     """Count the pixels of `mask` (ground truth) against `predicted`, both bool of one shape, where `region` is True.
 
-    Raises:
-        ValueError: shapes differ.
-        TypeError: an array is not bool: a probability must be thresholded first.
+    Raises `ValueError`: shapes differ. Raises `TypeError`: an array is not bool: a probability must be thresholded
+    first.
     """
     for array in (mask, predicted) if region is None else (mask, predicted, region):
         if array.shape != mask.shape:

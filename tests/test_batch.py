@@ -1,229 +1,196 @@
-"""Folders of photos: what is written, what is skipped, what is never overwritten, and bad files among good ones."""
+"""Many images: what is written and under which name, what is skipped, what is never overwritten, bad files among good."""
 
-import csv
 import os
 import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from retina_seg.folder import COLUMNS, DONE, find_photos, read_summary, segment_files, to_16_bit
-from retina_seg.predict import Segmenter
-from retina_seg.synthetic import draw_photo
 from torch import nn
 
-from retina_seg import cli, folder
-from retina_seg.images import read_label, read_photo, write_picture
-from retina_seg.utils import UserError
+from retina_seg import cli, device
+from retina_seg.fov import find_fov
+from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.inference import batch
+from retina_seg.inference.batch import COLUMNS, DONE, OUTPUTS, predict_images
+from retina_seg.inference.segmenter import Segmenter
+from retina_seg.sets.synthetic import synthetic_image
+from retina_seg.transforms import FovFrame
+from retina_seg.utils import UserError, read_csv
 
 
-class Darkness(nn.Module):
-    """Calls dark pixels vessels; counts how often it was asked."""
+class Dark(nn.Module):
+    """Predicts vessels where an image is dark; counts its calls."""
 
     stride = 4
-    receptive_field = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = 0
+    calls = 0
 
     def forward(self, x):
-        self.asked += 1
+        self.calls += 1
         return 10 * (0.4 - x.mean(dim=1, keepdim=True))
 
 
 @pytest.fixture
 def segmenter() -> Segmenter:
-    return Segmenter(Darkness(), {"kind": "fov", "fov_diameter": 64.0}, device="cpu", precision="float32")
+    return Segmenter(Dark(), FovFrame(64.0), device="cpu", precision="float32")
+
+
+def write(path, seed=1, height=64):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, synthetic_image(seed, height, 72).image)
 
 
 @pytest.fixture
-def photos(tmp_path):
-    """Three photos and what a folder holds beside them."""
-    place = tmp_path / "photos"
-    (place / "below").mkdir(parents=True)
-    for number, name in enumerate(("a.png", "b.jpg", "below/c.tif")):
-        write_picture(place / name, draw_photo(number, 64, 72).photo)
-    (place / "notes.txt").write_text("no photo")
-    (place / ".hidden.png").write_bytes(b"x")
-    return place
+def images(tmp_path):
+    """Three images and what a folder holds beside them."""
+    for seed, name in enumerate(("a.png", "b.jpg", "below/c.tif")):
+        write(tmp_path / "images" / name, seed)
+    (tmp_path / "images/notes.txt").write_text("no image")
+    (tmp_path / "images/.hidden.png").write_bytes(b"x")
+    return tmp_path / "images"
 
 
-def run(segmenter, *arguments, **options):
-    return segment_files(segmenter, *arguments, progress=False, **options)
+def run(segmenter, inputs, output, **options):
+    return predict_images(segmenter, inputs, output, progress=False, **options)
 
 
-def pictures(place) -> set[str]:
-    return {path.name for path in place.iterdir()}
+def files(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_photo_gets_its_three_pictures_and_a_row(segmenter, photos, tmp_path):
-    rows = run(segmenter, [photos], tmp_path / "out")
-    names = {f"{name}_{kind}.png" for name in "abc" for kind in ("probability", "vessels", "overlay")}
-    assert pictures(tmp_path / "out") == names | {"summary.csv"}
-    with open(tmp_path / "out/summary.csv", newline="") as file:
-        written = list(csv.DictReader(file))
-    assert tuple(written[0]) == COLUMNS and [row["name"] for row in written] == ["a", "b", "c"]
-    assert all(row["status"] == DONE and row["width"] == "72" and row["height"] == "64" for row in written)
-    assert [row["skipped"] for row in rows] == [False] * 3
-    photo = read_photo(photos / "a.png")
-    probability = segmenter(photo)
-    with Image.open(tmp_path / "out/a_probability.png") as image:
-        deep = np.asarray(image).astype(float)
-    np.testing.assert_allclose(deep / 65535, probability, atol=1 / 65535)
-    vessels = read_label(tmp_path / "out/a_vessels.png")
+def outputs(*names) -> set[str]:
+    return {f"{name}_{kind}.png" for name in names for kind in OUTPUTS}
+
+
+def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
+    rows = run(segmenter, [images], tmp_path / "out")
+    assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | {"summary.csv"}
+    written = read_csv(tmp_path / "out/summary.csv", COLUMNS)
+    assert tuple(written[0]) == COLUMNS and [row["name"] for row in written] == ["a", "b", "below/c"]
+    assert all((row["status"], row["width"], row["height"]) == (DONE, "72", "64") for row in written)
+    assert rows == [{**row, "skipped": False} for row in written]
+    image = read_image(images / "a.png")
+    probability = segmenter(image)
+    with Image.open(tmp_path / "out/a_probability.png") as deep:
+        np.testing.assert_array_equal(np.asarray(deep), np.rint(probability * 65535))
+    vessels = read_grey(tmp_path / "out/a_vessels.png")
     np.testing.assert_array_equal(vessels, np.where(probability > 0.5, 255, 0))
     share = float(written[0]["vessel_share"])
-    assert 0 < share < 1 and share == pytest.approx((vessels > 0).sum() / (folder.find_fov(photo)).sum(), abs=1e-4)
-    overlay = read_photo(tmp_path / "out/a_overlay.png")
-    assert (overlay != photo).any(axis=2).sum() == pytest.approx((vessels > 0).sum(), rel=0.02)
+    assert 0 < share < 1 and share == pytest.approx((vessels > 0).sum() / find_fov(image).sum(), abs=1e-4)
+    tinted = (read_image(tmp_path / "out/a_overlay.png") != image).any(axis=2)
+    assert tinted.sum() == pytest.approx((vessels > 0).sum(), rel=0.02)
 
 
-def test_a_second_run_does_only_what_is_new_or_changed(segmenter, photos, tmp_path):
-    run(segmenter, [photos], tmp_path / "out")
-    segmenter.network.asked = 0
-    assert [row["skipped"] for row in run(segmenter, [photos], tmp_path / "out")] == [True] * 3
-    assert segmenter.network.asked == 0
+def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_path):
+    run(segmenter, [images], tmp_path / "out")
+    assert [row["skipped"] for row in run(segmenter, [images], tmp_path / "out")] == [True] * 3
+    assert segmenter.network.calls == 3
     (tmp_path / "out/b_vessels.png").unlink()
-    changed = photos / "below/c.tif"
-    os.utime(changed, (2e9, 2e9))
-    write_picture(photos / "d.png", draw_photo(9, 64, 64).photo)
-    skipped = {row["name"]: row["skipped"] for row in run(segmenter, [photos], tmp_path / "out")}
-    assert skipped == {"a": True, "b": False, "c": False, "d": False}
-    assert len(read_summary(tmp_path / "out/summary.csv")) == 4
-    assert not any(row["skipped"] for row in run(segmenter, [photos], tmp_path / "out", overwrite=True))
-    assert not any(row["skipped"] for row in run(segmenter, [photos], tmp_path / "out", weights="others"))
-    assert len(pictures(tmp_path / "out")) == 13
+    os.utime(images / "below/c.tif", (2e9, 2e9))
+    write(images / "d.png")
+    skipped = {row["name"]: row["skipped"] for row in run(segmenter, [images], tmp_path / "out")}
+    assert skipped == {"a": True, "b": False, "below/c": False, "d": False}
+    for options in ({"overwrite": True}, {"weights": "others"}):
+        assert not any(row["skipped"] for row in run(segmenter, [images], tmp_path / "out", **options))
+    assert len(files(tmp_path / "out")) == 4 * 3 + 1
 
 
-def test_one_bad_file_never_stops_the_rest(segmenter, photos, tmp_path):
-    (photos / "aa.png").write_bytes((photos / "a.png").read_bytes()[:500])
-    (photos / "bb.jpg").write_text("no picture")
-    rows = {row["name"]: row for row in run(segmenter, [photos], tmp_path / "out")}
-    assert [name for name, row in rows.items() if row["status"] == DONE] == ["a", "b", "c"]
-    assert "damaged" in rows["aa"]["status"] and "not a picture" in rows["bb"]["status"]
-    assert not [name for name in pictures(tmp_path / "out") if name.startswith(("aa", "bb"))]
-    # mended, it is done by the next run
-    write_picture(photos / "aa.png", draw_photo(4, 64, 64).photo)
-    assert {row["name"]: row["status"] for row in run(segmenter, [photos], tmp_path / "out")}["aa"] == DONE
+def test_one_bad_file_never_stops_the_rest(segmenter, images, tmp_path, monkeypatch):
+    (images / "aa.png").write_bytes((images / "a.png").read_bytes()[:500])
+    (images / "bb.jpg").write_text("no image")
+    write(images / "large.png", height=80)
+    monkeypatch.setattr(batch, "find_fov", lambda image: bytearray(1 << 62) if len(image) == 80 else find_fov(image))
+    status = {row["name"]: row["status"] for row in run(segmenter, [images], tmp_path / "out")}
+    assert [name for name in status if status[name] == DONE] == ["a", "b", "below/c"]
+    assert status["aa"].startswith("is damaged") and status["bb"].startswith("is not an image")
+    assert "memory" in status["large"] and "--working-size" in status["large"]
+    assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | {"summary.csv"}
+    write(images / "aa.png")  # mended, it is done by the next run
+    assert {row["name"]: row["status"] for row in run(segmenter, [images], tmp_path / "out")}["aa"] == DONE
 
 
-def test_two_photos_of_one_stem_keep_their_own_pictures(segmenter, tmp_path):
-    for place, shade in (("left", 60), ("right", 200)):
-        (tmp_path / place).mkdir()
-        write_picture(tmp_path / place / "eye.png", np.full((64, 64, 3), shade, np.uint8))
-    write_picture(tmp_path / "right/EYE.jpg", np.full((64, 64, 3), 30, np.uint8))
-    # also when they come in different calls
-    run(segmenter, [tmp_path / "right/eye.png"], tmp_path / "out")
-    rows = run(segmenter, [tmp_path / "left", tmp_path / "right"], tmp_path / "out")
-    assert len({row["name"].casefold() for row in rows}) == 3
-    names = {row["input"]: row["name"] for row in rows}
-    dark = names[str((tmp_path / "left/eye.png").resolve())]
-    light = names[str((tmp_path / "right/eye.png").resolve())]
-    assert light == "eye" and dark != "eye"
-    assert read_label(tmp_path / f"out/{dark}_vessels.png").min() == 255
-    assert read_label(tmp_path / f"out/{light}_vessels.png").max() == 0
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        (["left"], {"sub/eye", "eye.jpg", "EYE.png"}),
+        (["left", "right"], {"left/sub/eye", "left/eye.jpg", "left/EYE.png", "right/eye"}),
+        (["right", "left/EYE.png"], {"right/eye", "EYE"}),
+        (["right/eye.png", "left/eye.jpg"], {"eye.png", "eye.jpg"}),
+    ],
+)
+def test_outputs_mirror_the_inputs_and_two_of_one_name_keep_their_ending(segmenter, tmp_path, inputs, names):
+    for name in ("left/eye.jpg", "left/EYE.png", "left/sub/eye.png", "right/eye.png"):
+        write(tmp_path / name)
+    run(segmenter, [tmp_path / item for item in inputs], tmp_path / "out")
+    assert files(tmp_path / "out").keys() == outputs(*names) | {"summary.csv"}
 
 
-def test_nothing_is_written_over_an_input(segmenter, tmp_path):
-    place = tmp_path / "photos"
-    place.mkdir()
-    write_picture(place / "eye.png", draw_photo(1, 64, 64).photo)
-    write_picture(place / "eye_overlay.png", draw_photo(2, 64, 64).photo)
-    before = {path.name: path.read_bytes() for path in place.iterdir()}
-    run(segmenter, [place], place)
-    assert all((place / name).read_bytes() == content for name, content in before.items())
-    # and yesterday's pictures are no photos today
-    count = len(pictures(place))
-    assert [row["skipped"] for row in run(segmenter, [place], place)] == [True, True]
-    assert len(pictures(place)) == count == 2 + 6 + 1
+def test_what_two_images_would_share_is_refused_before_anything_is_written(segmenter, tmp_path):
+    for name in ("x/eye.jpg", "y/eye.jpg"):
+        write(tmp_path / name)
+    with pytest.raises(UserError, match=r"y/eye.jpg and .*x/eye.jpg.*--output"):
+        run(segmenter, [tmp_path / "x/eye.jpg", tmp_path / "y/eye.jpg"], tmp_path / "out")
+    assert not files(tmp_path / "out")
+    run(segmenter, [tmp_path / "x"], tmp_path / "out")
+    with pytest.raises(UserError, match=r"y/eye.jpg and .*x/eye.jpg"):  # nor in the next call
+        run(segmenter, [tmp_path / "y"], tmp_path / "out")
+    write(tmp_path / "x/eye.png")
+    rows = run(segmenter, [tmp_path / "x"], tmp_path / "out")  # names are kept
+    assert [(row["name"], row["skipped"]) for row in rows] == [("eye", True), ("eye.png", False)]
 
 
-def test_a_folder_of_pictures_inside_the_photos_is_not_segmented(segmenter, photos):
-    run(segmenter, [photos], photos / "vessels")
-    assert len(run(segmenter, [photos], photos / "vessels")) == 3
+def test_nothing_is_written_over_what_is_not_ours(segmenter, images):
+    write(images / "a_overlay.png", 5)
+    before = files(images)
+    with pytest.raises(UserError, match="a_overlay.png: is there already.*--output"):
+        run(segmenter, [images], images)
+    assert files(images) == before
+    (images / "a_overlay.png").unlink()
+    assert len(run(segmenter, [images], images)) == 3
+    assert files(images).items() >= {k: v for k, v in before.items() if "overlay" not in k}.items()
+    # and our own outputs are no images
+    assert [row["skipped"] for row in run(segmenter, [images], images)] == [True] * 3
+    for _ in range(2):  # outputs of another folder are; an output below the input is left out
+        assert len(run(segmenter, [images], images / "vessels")) == 3 + 9
 
 
-def test_links_odd_names_and_repeated_inputs(segmenter, photos, tmp_path):
-    (photos / "loop").symlink_to(photos, target_is_directory=True)
-    (photos / "again.png").symlink_to(photos / "a.png")
-    (photos / "gone.png").symlink_to(photos / "nowhere.png")
-    for name in ("two words.png", "línea\nnueva.png", "-dash.png", "眼.png"):
-        write_picture(photos / name, draw_photo(1, 64, 64).photo)
-    rows = run(segmenter, [photos, photos / "a.png", photos], tmp_path / "out")
-    failed = [row for row in rows if row["status"] != DONE]
-    assert len(rows) == 3 + 4 + 1 and [row["name"] for row in failed] == ["gone"]
-    assert "no such file" in failed[0]["status"]
-    again = run(segmenter, [photos], tmp_path / "out")
-    assert sum(row["skipped"] for row in again) == 7
+def test_links_odd_names_and_repeated_inputs(segmenter, images, tmp_path):
+    (images / "loop").symlink_to(images, target_is_directory=True)
+    (images / "again.png").symlink_to(images / "a.png")
+    (images / "gone.png").symlink_to(images / "nowhere.png")
+    for name in ("two words", "línea\nnueva", "-dash", "眼", "caf\udce9", "a" * 251):  # the fifth is no UTF-8
+        (images / f"{name}.png").write_bytes((images / "a.png").read_bytes())
+    rows = run(segmenter, [images, images / "a.png", images], tmp_path / "out")
+    failed = {row["name"][-4:]: row["status"] for row in rows if row["status"] != DONE}
+    assert len(rows) == 3 + 5 + 2 and failed.keys() == {"gone", "aaaa"}
+    assert "no such file" in failed["gone"] and "name is too long" in failed["aaaa"]
+    assert sum(row["skipped"] for row in run(segmenter, [images], tmp_path / "out")) == 8
 
 
-def test_names_as_long_as_they_may_be_or_without_an_encoding(segmenter, tmp_path):
-    place = tmp_path / "photos"
-    place.mkdir()
-    write_picture(place / "eye.png", draw_photo(1, 64, 64).photo)
-    content = (place / "eye.png").read_bytes()
-    for name in (b"a" * 251 + b".png", b"a" * 250 + b"b.png", b"caf\xe9.png"):
-        with open(os.path.join(os.fsencode(place), name), "wb") as file:
-            file.write(content)
-    rows = run(segmenter, [place], tmp_path / "out")
-    assert [row["status"] for row in rows] == [DONE] * 4 and len({row["name"] for row in rows}) == 4
-    assert all(row["skipped"] for row in run(segmenter, [place], tmp_path / "out"))
-
-
-def test_a_photo_too_large_for_the_machine_does_not_stop_the_rest(segmenter, photos, tmp_path, monkeypatch):
-    real = folder.find_fov
-
-    def full_at_the_tif(photo):
-        if photo.shape == (64, 64, 3):
-            raise MemoryError("no room")
-        return real(photo)
-
-    write_picture(photos / "aa.png", draw_photo(1, 64, 64).photo)
-    monkeypatch.setattr(folder, "find_fov", full_at_the_tif)
-    rows = {row["name"]: row["status"] for row in run(segmenter, [photos], tmp_path / "out")}
-    assert "no room" in rows.pop("aa") and set(rows.values()) == {DONE}
-
-
-def test_photos_side_by_side_are_those_one_by_one_and_large_ones_take_turns(segmenter, tmp_path, monkeypatch):
-    place = tmp_path / "photos"
-    place.mkdir()
+def test_several_at_once_give_the_same_bytes_and_large_ones_take_turns(segmenter, tmp_path, monkeypatch):
     for number in range(8):
-        write_picture(place / f"{number}.png", draw_photo(number, 64, 72).photo)
-    running, most = [], {}
-    plain = segmenter.model.forward
+        write(tmp_path / f"images/{number}.png", number)
+    forward, running, most, made = segmenter.network.forward, [], {}, []
 
     def slow(x):
         running.append(1)
         most[case] = max(most.get(case, 0), len(running))
         time.sleep(0.02)
         running.pop()
-        return plain(x)
+        return forward(x)
 
     segmenter.network.forward = slow
-    threads = torch.get_num_threads()
-    for case, count, large in (("alone", 1, 1 << 30), ("beside", 3, 1 << 30), ("large", 3, 0)):
-        torch.set_num_threads(count)
-        monkeypatch.setattr(folder, "LARGE", large)
-        run(segmenter, [place], tmp_path / case)
-    torch.set_num_threads(threads)
-    assert most["alone"] == 1 and most["beside"] > 1 and most["large"] == 1
-    made = {case: {p.name: p.read_bytes() for p in (tmp_path / case).glob("*.png")} for case in most}
-    assert len(made["alone"]) == 24 and made["alone"] == made["beside"] == made["large"]
+    for case, count, large in (("alone", 1, 1 << 30), ("several", 3, 1 << 30), ("large", 3, 0)):
+        monkeypatch.setattr(device, "images_at_once", lambda _, count=count: count)
+        monkeypatch.setattr(batch, "LARGE", large)
+        run(segmenter, [tmp_path / "images"], tmp_path / case)
+        made.append({name: content for name, content in files(tmp_path / case).items() if name != "summary.csv"})
+    assert most["alone"] == 1 and most["several"] > 1 and most["large"] == 1
+    assert len(made[0]) == 24 and made[0] == made[1] == made[2]
 
 
-def test_photos_are_upright(segmenter, tmp_path):
-    photo = Image.fromarray(draw_photo(1, 64, 96).photo)
-    exif = photo.getexif()
-    exif[0x0112] = 6  # turn by a quarter to be upright
-    photo.save(tmp_path / "turned.jpg", exif=exif)
-    row = run(segmenter, [tmp_path / "turned.jpg"], tmp_path / "out")[0]
-    assert (row["width"], row["height"]) == (64, 96)
-    assert read_label(tmp_path / "out/turned_vessels.png").shape == (96, 64)
-
-
-def test_an_interrupted_run_keeps_what_was_done(segmenter, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_done_before_an_interruption_is_not_done_again(segmenter, images, monkeypatch, killed):
     real, calls = Segmenter.__call__, []
 
     def stop_at_the_third(*arguments):
@@ -232,66 +199,52 @@ def test_an_interrupted_run_keeps_what_was_done(segmenter, photos, tmp_path, mon
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(Segmenter, "__call__", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(segmenter, [photos], tmp_path / "out")
-    monkeypatch.undo()
-    assert [row["skipped"] for row in run(segmenter, [photos], tmp_path / "out")] == [True, True, False]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Segmenter, "__call__", stop_at_the_third)
+        patch.setattr(batch, "_merge", (lambda _: None) if killed else batch._merge)
+        run(segmenter, [images], images)
+    assert (images / ".summary.0.csv").exists() == killed
+    if killed:
+        (images / "below/c_vessels.png").write_bytes(b"written, but its row is cut short")
+        with open(images / ".summary.0.csv", "a") as file:
+            file.write(f"{images / 'below/c.tif'},bel")
+    assert [row["skipped"] for row in run(segmenter, [images], images)] == [True, True, False]
+    assert files(images).keys() >= outputs("a", "b", "below/c") and not (images / ".summary.0.csv").exists()
 
 
-def test_a_call_that_was_killed_leaves_its_names_to_the_next(segmenter, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "write_summary", lambda *_: None)  # the pictures are there, the summary is not
-    run(segmenter, [photos], tmp_path / "out")
-    monkeypatch.undo()
-    files = {"a": photos / "a.png", "b": photos / "b.jpg", "c": photos / "below/c.tif"}
-    plan = [{"input": str(file.resolve()), "name": name, "path": str(file)} for name, file in files.items()]
-    folder._write_table(tmp_path / "out" / folder.PLAN, folder.PLAN_COLUMNS, plan)
-    rows = run(segmenter, [photos], tmp_path / "out")
-    assert [(row["name"], row["skipped"]) for row in rows] == [(name, False) for name in files]
-    assert not (tmp_path / "out" / folder.PLAN).exists()
+def test_images_are_upright(segmenter, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by a quarter
+    Image.fromarray(synthetic_image(1, 64, 96).image).save(tmp_path / "rotated.jpg", exif=exif)
+    (row,) = run(segmenter, [tmp_path / "rotated.jpg"], tmp_path / "out")
+    assert (row["width"], row["height"]) == ("64", "96")
+    assert read_grey(tmp_path / "out/rotated_vessels.png").shape == (96, 64)
 
 
-def test_somebody_elses_summary_is_not_replaced(segmenter, photos, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/summary.csv").write_text("my,own,table\n1,2,3\n")
-    with pytest.raises(UserError, match="not a summary of this command"):
-        run(segmenter, [photos], tmp_path / "out")
-    assert (tmp_path / "out/summary.csv").read_text().startswith("my,own")
-
-
-def test_no_photos_is_said(segmenter, tmp_path):
+@pytest.mark.parametrize(
+    ("inputs", "taken", "said"),
+    [
+        ("empty", "nothing", "no images found"),
+        ("nowhere", "nothing", "nowhere: no such file"),
+        ("images", "out/summary.csv", "summary.csv: is not a table.*choose another --output"),
+        ("images", "out/below", "below: is a file"),
+    ],
+)
+def test_what_cannot_be_done_is_said(segmenter, images, tmp_path, inputs, taken, said):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no photos found"):
-        run(segmenter, [tmp_path / "empty"], tmp_path / "out")
-    with pytest.raises(UserError, match="nowhere: no such file"):
-        find_photos([tmp_path / "nowhere"])
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("my,own,table\n1,2,3\n")
+    with pytest.raises(UserError, match=said):
+        run(segmenter, [tmp_path / inputs], tmp_path / "out")
+    assert (tmp_path / taken).read_text().startswith("my,own")
 
 
-def test_sixteen_bits_are_the_rounded_probability():
-    probability = np.linspace(0, 1, 1030 * 3, dtype=np.float32).reshape(1030, 3)
-    np.testing.assert_array_equal(to_16_bit(probability), np.rint(probability * 65535).astype(np.uint16))
-
-
-def test_the_command_says_what_failed_and_exits_with_1(photos, tiny_run, tmp_path, capsys):
-    (photos / "bad\none.png").write_text("no picture")
-    arguments = ["predict", str(photos), "--output", str(tmp_path / "out"), "--weights", str(tiny_run)]
+def test_the_command_says_what_failed_and_exits_with_1(images, tmp_path, capsys):
+    (images / "bad\none.png").write_text("no image")
+    arguments = ["predict", str(images), "--output", str(tmp_path / "out"), "--weights", "tiny"]
     assert cli.main(arguments) == 1
     shown = capsys.readouterr()
-    assert "3 segmented, 0 done before, 1 failed" in shown.out
-    lines = [line for line in shown.err.replace("\r", "\n").splitlines() if "retina-seg:" in line]
-    assert len(lines) == 1 and "bad\\none.png: is not a picture" in lines[0]
-    (photos / "bad\none.png").unlink()
-    assert cli.main(arguments) == 0
-    assert "0 segmented, 3 done before, 0 failed" in capsys.readouterr().out
-    # other options are other answers
-    assert cli.main([*arguments, "--threshold", "0.4"]) == 0
-    assert "3 segmented" in capsys.readouterr().out
-
-
-def test_weights_that_do_not_load_are_refused_before_anything_is_written(photos, tmp_path, capsys):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "odd.pth")
-    assert (
-        cli.main(["predict", str(photos), "--output", str(tmp_path / "out"), "--weights", str(tmp_path / "odd.pth")])
-        == 2
-    )
-    assert not (tmp_path / "out").exists()
+    assert "3 segmented, 0 done before, 1 failed" in shown.out and "bad\\none.png: is not an image" in shown.err
+    (images / "bad\none.png").unlink()
+    assert cli.main(arguments) == 0 and "0 segmented, 3 done before" in capsys.readouterr().out
+    assert cli.main([*arguments, "--threshold", "0.4"]) == 0 and "3 segmented" in capsys.readouterr().out

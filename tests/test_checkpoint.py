@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_model import shaken
-from test_train import Killed, at_step, die, same_weights, tiny, weights_of, without_curves  # noqa: F401
+from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
 from retina_seg import checkpoint
 from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, load_last, load_model, save_last, save_model
@@ -141,11 +141,19 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share)
 # ------------------------------------------------------------------------------------------------- going on with a run
 
 
+class Killed(BaseException):
+    """Stands for the end of a process that is asked nothing."""
+
+
+def die():
+    raise Killed
+
+
 def config_of(frame, data, folder, **changes) -> TrainConfig:
     """Three epochs of four steps: with dropout and EMA weights ("fov"), or of the notebook's preset, the best one kept."""
     if frame == "resize":
-        small = {"size": 32, "batch_size": 1, "epochs": 3, "precision": "float32"}
-        return TrainConfig.notebook(**{**small, "data": str(data), "output": str(folder), **changes})
+        small = {"size": 32, "batch_size": 1, "epochs": 3, "precision": "float32", "data": str(data)}
+        return TrainConfig.notebook(**small, output=str(folder), **changes)
     arguments = {"width": 4, "deepest": 8, "fine": 4, "dropout": 0.3}
     return tiny(data, folder, **{"patches": 8, "epochs": 3, "model_arguments": arguments, **changes})
 

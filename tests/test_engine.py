@@ -1,18 +1,22 @@
-"""The networks as they are fastest to use against the networks themselves."""
+"""The network as it is fastest to use against the network itself."""
 
 import numpy as np
 import pytest
 import torch
-from retina_seg.fused import FusedConv, RunShuffle, RunUnshuffle, _in_runs, fold_batch_norm, inference_network
-from retina_seg.predict import Segmenter
 from torch import nn
 from torch.nn import functional as F
 
+from retina_seg.inference import engine
+from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import build_model
+from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError
 
+CPU = torch.device("cpu")
+MODELS = [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0})]
 
-def settled(name, **arguments):
+
+def network_of(name, **arguments):
     """A network in evaluation mode whose normalisation is no identity."""
     torch.manual_seed(0)
     model = build_model(name, **arguments)
@@ -23,76 +27,64 @@ def settled(name, **arguments):
     return model.eval()
 
 
-def joined(network):
-    return sum(isinstance(module, FusedConv) for module in network.modules())
-
-
-PROCESSOR = torch.device("cpu")
-KINDS = [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0})]
+def count_fused(network):
+    return sum(isinstance(module, engine.FusedConv) for module in network.modules())
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "arguments"), KINDS)
-def test_the_network_as_it_is_fastest_computes_the_same(name, arguments, precision):
-    model = settled(name, **arguments)
-    network = inference_network(model, PROCESSOR, precision)
+@pytest.mark.parametrize(("name", "arguments"), MODELS)
+def test_the_inference_network_computes_the_same(name, arguments, precision):
+    model = network_of(name, **arguments)
+    network = engine.inference_network(model, CPU, precision)
     if precision == torch.float32 and torch.backends.mkldnn.is_available():
-        assert joined(network) >= 8
-        left = {type(module) for module in network.modules()}
-        assert not left & {nn.ReLU, nn.Sigmoid, nn.BatchNorm2d}
+        assert count_fused(network) >= 8
+        assert not {type(module) for module in network.modules()} & {nn.ReLU, nn.Sigmoid, nn.BatchNorm2d}
     x = torch.rand(2, 3, 48, 32).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        answer = model(x)
-        limit = (1e-4 if precision == torch.float32 else 0.1) * float(answer.abs().max())
-        seen = x.to(precision, copy=True)
-        for _ in range(2):  # results are written into what is no longer needed, and that is not the photo
-            torch.testing.assert_close(network(seen).float(), answer, rtol=0, atol=limit)
-        assert torch.equal(seen, x.to(precision))
+        expected = model(x)
+        limit = (1e-4 if precision == torch.float32 else 0.1) * float(expected.abs().max())
+        given = x.to(precision, copy=True)
+        for _ in range(2):  # results are written into tensors no longer needed, and the image is none of these
+            torch.testing.assert_close(network(given).float(), expected, rtol=0, atol=limit)
+        assert torch.equal(given, x.to(precision))
 
 
-def without_operation(self, x):
-    raise AttributeError("no such operation")
+@pytest.mark.parametrize("operation", ["missing", "another"])
+def test_where_torchs_operation_is_missing_or_another_nothing_is_fused(monkeypatch, operation):
+    def forward(self, x):
+        if operation == "missing":
+            raise AttributeError("no such operation")
+        return torch.conv2d(x, self.weight, self.bias, padding=self.settings[0])  # without the activation
+
+    monkeypatch.setattr(engine.FusedConv, "forward", forward)
+    assert count_fused(engine.inference_network(network_of("attention_unet"), CPU, torch.float32)) == 0
 
 
-def another_operation(self, x):
-    return torch.conv2d(x, self.weight, self.bias, padding=self.settings[0])
-
-
-@pytest.mark.parametrize("forward", [without_operation, another_operation])
-def test_where_torchs_operation_is_missing_or_another_nothing_is_joined(monkeypatch, forward):
-    monkeypatch.setattr(FusedConv, "forward", forward)
-    assert joined(inference_network(settled("attention_unet"), PROCESSOR, torch.float32)) == 0
-
-
-def test_what_is_no_number_is_not_hidden_by_joining():
-    model = settled("fast_attention_unet")
-    with torch.no_grad():  # finite, as `load_model` asks, but too large to add up; behind it stands a ReLU
-        model.e1.conv1.weight.fill_(3e38)
-    segmenter = Segmenter(model, {"kind": "squeeze", "size": [64, 64]}, device="cpu", precision="float32")
-    assert joined(segmenter.network) == 0
-    with pytest.raises(UserError, match="what is no number"):
+def test_nan_is_not_hidden_by_fusing():
+    model = network_of("fast_attention_unet")
+    nn.init.constant_(model.e1.conv1.weight, 3e38)  # finite, as `load_model` asks, but sums are not; a ReLU follows
+    segmenter = Segmenter(model, ResizeFrame(64, 64), device="cpu", precision="float32")
+    assert count_fused(segmenter.network) == 0
+    with pytest.raises(UserError, match="NaN"):
         segmenter(np.full((64, 64, 3), 200, np.uint8), everywhere=True)
 
 
 @pytest.mark.parametrize("name", ["attention_unet", "fast_attention_unet"])
 def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
-    model = settled(name)
+    model = network_of(name)
     with pytest.raises(ValueError, match="evaluation mode"):
-        fold_batch_norm(model.train())
-    model.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    folded = fold_batch_norm(model)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    photo = torch.rand(2, 3, 48, 32)
+        engine.fold_batch_norm(model.train())
+    before = {key: value.clone() for key, value in model.eval().state_dict().items()}
+    x = torch.rand(2, 3, 48, 32)
     with torch.inference_mode():
-        answer = model(photo)
-        torch.testing.assert_close(folded(photo), answer, rtol=1e-4, atol=1e-4 * float(answer.abs().max()))
+        expected, result = model(x), engine.fold_batch_norm(model)(x)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_shuffles_in_runs_are_pixel_shuffles_of_reordered_channels(channels):
+def test_channels_last_shuffles_are_pixel_shuffles_of_reordered_channels(channels):
     small, large = torch.rand(2, 4 * channels, 3, 5), torch.rand(2, channels, 6, 10)
-    order = _in_runs(4 * channels)
-    assert torch.equal(RunShuffle()(small[:, order]), F.pixel_shuffle(small, 2))
-    assert torch.equal(RunUnshuffle()(large), F.pixel_unshuffle(large, 2)[:, order])
+    order = engine.shuffle_order(4 * channels)
+    assert torch.equal(engine.ChannelsLastShuffle()(small[:, order]), F.pixel_shuffle(small, 2))
+    assert torch.equal(engine.ChannelsLastUnshuffle()(large), F.pixel_unshuffle(large, 2)[:, order])

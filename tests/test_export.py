@@ -1,124 +1,100 @@
-"""The ONNX file: torch's answers at any size, all that must be known in it, and nothing left where it could not be made."""
+"""The ONNX file: torch's probabilities at any size, all that must be known in it, and no file where it cannot be made."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from retina_seg.predict import Segmenter
-from retina_seg.synthetic import draw_photo
-from torch import nn
 
-from retina_seg import cli, export
-from retina_seg.images import read_label, write_picture
-from retina_seg.model import build_model, save_model
+from retina_seg.checkpoint import save_model
+from retina_seg.images import read_grey, write_image
+from retina_seg.inference import export
+from retina_seg.inference.segmenter import Segmenter
+from retina_seg.model import build_model
+from retina_seg.sets.synthetic import synthetic_image
+from retina_seg.transforms import FovFrame, ResizeFrame
 from retina_seg.utils import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
-README = Path(__file__).parents[1] / "README.md"
+RESIZE = {"frame": "resize", "height": "512", "width": "480"}
+FOV = {"frame": "fov", "fov_diameter": "720.0", "largest_diameter": "900.0", "margin": "16"}
 
 
-def lively(name: str) -> nn.Module:
-    """A network whose normalisations all do something."""
+@pytest.mark.parametrize(
+    ("name", "frame", "expected"),
+    [("attention_unet", ResizeFrame(512, 480), RESIZE), ("fast_attention_unet", FovFrame(720.0, 900.0), FOV)],
+)
+def test_onnxruntime_predicts_what_torch_predicts_at_any_size(name, frame, expected, tmp_path):
     torch.manual_seed(1)
     model = build_model(name).eval()
-    with torch.no_grad():
-        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.weight.uniform_(0.5, 1.5), norm.bias.uniform_(-0.5, 0.5)
-            norm.running_mean.uniform_(-0.2, 0.2), norm.running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def call(*arguments) -> int:
-    return cli.main(["export", *map(str, arguments)])
-
-
-@pytest.mark.parametrize("name", ["attention_unet", "fast_attention_unet"])
-def test_onnxruntime_answers_as_torch_at_any_size(name, tmp_path):
-    model = lively(name)
-    save_model(tmp_path / "weights.pth", model, name, {}, threshold=0.3)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):  # so that they all do something
+        for values, low in ((norm.weight.data, 0.5), (norm.bias.data, -0.5), (norm.running_var, 0.5)):
+            values.uniform_(low, low + 1)
+    save_model(tmp_path / "weights.pth", model, name, {}, threshold=0.3, frame=frame.to_dict())
     target = tmp_path / "new/vessels.onnx"
     assert export.export(tmp_path / "weights.pth", target) < 1e-4
-    assert [path.name for path in target.parent.iterdir()] == ["vessels.onnx"]
+    assert list(target.parent.iterdir()) == [target]
     session = onnxruntime.InferenceSession(target)
-    spread = []
     for count, height, width in ((1, 64, 64), (3, 72, 200), (1, 344, 96)):
-        photos = torch.rand(count, 3, height, width)
-        with torch.inference_mode():
-            expected = torch.sigmoid(model(photos)).numpy()
-        (found,) = session.run(["probability"], {"photo": photos.numpy()})
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-        spread.append(np.ptp(expected))
-    assert min(spread) > 0.01  # a constant would agree with itself
-    notes = session.get_modelmeta().custom_metadata_map
-    assert (notes["threshold"], notes["stride"], notes["channel_order"]) == ("0.3", str(model.stride), "BGR")
-    assert (notes["frame"], notes["height"], notes["width"]) == ("squeeze", "512", "512")
-    assert "not a medical device" in notes["notice"]
+        images = torch.rand(count, 3, height, width)
+        probability = torch.sigmoid(model(images)).detach().numpy()
+        (result,) = session.run(["probability"], {"image": images.numpy()})
+        np.testing.assert_allclose(result, probability, atol=1e-4)
+        assert np.ptp(probability) > 0.01  # a constant would agree with itself
+    values = session.get_modelmeta().custom_metadata_map
+    expected = {**expected, "threshold": "0.3", "stride": str(model.stride), "channel_order": "BGR"}
+    assert values.items() >= expected.items() and "not a medical device" in values["notice"]
 
 
-def readme_lines() -> str:
-    blocks = [part.split("```")[0] for part in README.read_text(encoding="utf-8").split("```python\n")[1:]]
-    return next(block for block in blocks if "onnxruntime" in block)
+WITHOUT_TORCH = """
+import cv2, numpy, onnxruntime
+network = onnxruntime.InferenceSession("vessels.onnx")
+about = network.get_modelmeta().custom_metadata_map
+image, stride = cv2.imread("eye.png"), int(about["stride"])  # BGR
+diameter = numpy.ptp(numpy.flatnonzero(cv2.medianBlur(image, 5).max(axis=(0, 2)) > 40)) + 1  # of the field of view
+least, largest = (float(about[name]) / diameter for name in ("fov_diameter", "largest_diameter"))
+size = [stride * round(side * numpy.clip(least**0.5, least, largest) / stride) for side in image.shape[1::-1]]
+scaled = cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_CUBIC)
+probability = network.run(None, {"image": scaled.transpose(2, 0, 1)[None] / numpy.float32(255)})[0][0, 0]
+probability = cv2.resize(probability, image.shape[1::-1])
+cv2.imwrite("vessels.png", 255 * (probability > float(about["threshold"])).astype("uint8"))
+"""
 
 
-def test_the_readmes_ten_lines_do_without_torch_what_the_segmenter_does(tmp_path, capsys):
-    assert call("--weights", "general", "--output", tmp_path / "vessels.onnx") == 0
-    assert "differ from torch's by at most" in capsys.readouterr().out
-    lines = readme_lines()
-    assert len([line for line in lines.splitlines() if line]) == 10
-    photo = draw_photo(77, 584, 565).photo
-    write_picture(tmp_path / "eye.png", photo)  # what a camera compresses away is not the question here
-    os.replace(tmp_path / "eye.png", tmp_path / "eye.jpg")  # OpenCV goes by the content
-    code = f"{lines}\nimport sys\nassert 'torch' not in sys.modules and 'retina_seg' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
-    found = read_label(tmp_path / "vessels.png") > 127
-    expected = Segmenter.load("general", device="cpu", precision="float32").vessels(photo)
-    f1 = 2 * (found & expected).sum() / (found.sum() + expected.sum())
-    print("F1", f1)
-    assert expected.mean() > 0.02 and f1 > 0.95
+def test_the_metadata_suffice_to_do_without_torch_what_the_segmenter_does(tmp_path):
+    export.export("general", tmp_path / "vessels.onnx")
+    write_image(tmp_path / "eye.png", image := synthetic_image(77, 584, 565).image)
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, check=True, timeout=300)
+    result = read_grey(tmp_path / "vessels.png") > 127
+    expected = Segmenter.load("general", device="cpu", precision="float32").vessels(image)
+    assert expected.mean() > 0.02 and 2 * (result & expected).sum() / (result.sum() + expected.sum()) > 0.95  # F1
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
-def test_a_missing_package_is_named_with_its_remedy(package, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_remedy(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    assert call("--weights", "drive", "--output", tmp_path / "vessels.onnx") == 2
-    shown = capsys.readouterr().err
-    assert 'pip install "retina_seg[onnx]"' in shown and package in shown and shown.count("\n") == 1
+    with pytest.raises(UserError, match=rf"{package}.*pip install .*retina_seg\[onnx\]"):
+        export.export("drive", tmp_path / "vessels.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("difference", [2e-4, float("nan")])
+def test_a_file_with_another_prediction_is_not_written(difference, tmp_path, monkeypatch):
     target = tmp_path / "vessels.onnx"
     target.write_bytes(b"the one before")
     monkeypatch.setattr(export, "_onnx_file", lambda *_: b"")
-    monkeypatch.setattr(export, "_difference", lambda *_: 2e-4)
-    with pytest.raises(UserError, match="not written.*0.0002"):
-        export.export("drive", target)
-    monkeypatch.setattr(export, "_difference", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="not written"):
+    monkeypatch.setattr(export, "_difference", lambda *_: difference)
+    with pytest.raises(UserError, match=f"not written.*{difference}"):
         export.export("drive", target)
     assert target.read_bytes() == b"the one before" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("weights", "output", "named"),
-    [
-        ("nobody", "a.onnx", "nobody"),
-        ("noise.pth", "a.onnx", "noise.pth"),
-        ("drive", "a.pth", "must end in .onnx"),
-        ("drive", "folder.onnx", "a folder stands"),
-        ("drive", "noise.pth/a.onnx", "noise.pth"),
-    ],
-)
-def test_what_cannot_be_exported_is_said_in_one_line(weights, output, named, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "noise.pth").write_bytes(b"\0" * 100)
+@pytest.mark.parametrize("output", ["a.pth", "folder.onnx", "file/a.onnx"])
+def test_where_no_file_can_be_written_none_is(output, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.onnx").mkdir()
-    assert call("--weights", weights, "--output", output) == 2
-    shown = capsys.readouterr().err
-    assert named in shown and shown.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.onnx", "noise.pth"]
+    with pytest.raises(UserError, match=output.split("/")[0]):
+        export.export("drive", tmp_path / output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.onnx"]

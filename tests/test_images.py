@@ -13,8 +13,6 @@ from retina_seg import images
 from retina_seg.images import IMAGE_SUFFIXES, image_size, list_images, read_grey, read_image, read_mask, write_image
 from retina_seg.utils import UserError
 
-LOSSY = (".jpg", ".jpeg", ".webp", ".gif")  # gif has 256 colours
-
 
 def gradient(height=13, width=22):
     """(H, W, 3) uint8, no mirror image of itself: red rises to the right, green downwards, blue stays."""
@@ -54,17 +52,16 @@ def test_every_suffix_round_trips_image_and_mask(tmp_path, suffix):
     write_image(mask, stripes())
     assert read_image(image).dtype == read_grey(mask).dtype == np.uint8
     assert read_image(image).shape == (*image_size(image), 3) == gradient().shape
-    lossy = suffix.lower() in LOSSY
+    lossy = suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif")  # gif has 256 colours
     assert np.abs(read_image(image).astype(int) - gradient()).mean() <= (8 if lossy else 0)
     assert np.array_equal(read_grey(mask) > 127, stripes() > 127)
     assert lossy or np.array_equal(read_grey(mask), stripes())
 
 
-@pytest.mark.parametrize("suffix", [".ppm", ".png"])
-def test_a_gzipped_image_is_unpacked_within_bounds(tmp_path, suffix, monkeypatch):
-    write_image(tmp_path / f"a{suffix}", gradient())
-    packed = tmp_path / f"im0001{suffix}.gz"
-    packed.write_bytes(gzip.compress((tmp_path / f"a{suffix}").read_bytes()))
+def test_a_gzipped_image_is_unpacked_within_bounds(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.ppm", gradient())
+    packed = tmp_path / "im0001.ppm.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.ppm").read_bytes()))
     assert np.array_equal(read_image(packed), gradient())
     monkeypatch.setattr(images, "MAX_BYTES", 1 << 20)
     packed.write_bytes(gzip.compress(bytes(2 << 20)))
@@ -107,9 +104,8 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path, suffix):
     write_image(tmp_path / f"a{suffix}", deep)
     with Image.open(tmp_path / f"a{suffix}") as stored:
         assert np.array_equal(np.asarray(stored), deep)  # written as sixteen bits
-    high = [[0, 0, 1, 127, 128, 255]]
-    assert read_grey(tmp_path / f"a{suffix}").tolist() == high
-    assert read_image(tmp_path / f"a{suffix}")[..., 2].tolist() == high
+    grey, colour = read_grey(tmp_path / f"a{suffix}"), read_image(tmp_path / f"a{suffix}")[..., 2]
+    assert grey.tolist() == colour.tolist() == [[0, 0, 1, 127, 128, 255]]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -177,9 +173,8 @@ def test_a_folder_a_missing_file_and_a_pipe_are_refused(tmp_path):
     (tmp_path / "folder.png").mkdir()
     refused(tmp_path / "folder.png", "not a regular file")
     refused(tmp_path / "missing.png", "no such file")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe.png")  # whoever opened it would wait for ever
-        refused(tmp_path / "pipe.png", "not a regular file")
+    os.mkfifo(tmp_path / "pipe.png")  # whoever opened it would wait for ever
+    refused(tmp_path / "pipe.png", "not a regular file")
 
 
 @pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (13_360, 13_360), (2**31 - 1, 1)])
@@ -200,38 +195,35 @@ def test_odd_names_are_written_read_and_listed(tmp_path, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name, writer", [("a.png", (images.Path, "write_bytes")), ("a.jpg", (images.iio, "imwrite"))])
-@pytest.mark.parametrize("before", [None, b"old"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, before, error, name, writer):
+def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, error, name, writer):
     def fail(path, *_, **__):
         with open(path, "wb") as file:
             file.write(b"half")
         raise error
 
     path = tmp_path / name
-    if before:
-        path.write_bytes(before)
+    path.write_bytes(b"old")
     monkeypatch.setattr(*writer, fail)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         write_image(path, gradient())
-    assert [found.name for found in tmp_path.iterdir()] == ([name] if before else [])
-    assert not before or path.read_bytes() == before
+    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [(name, b"old")]
+    monkeypatch.undo()
+    write_image(path, gradient())
+    assert os.listdir(tmp_path) == [name] and read_image(path).shape == gradient().shape
 
 
 def test_where_an_image_cannot_be_written_the_error_names_it(tmp_path):
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "missing" / "a.png", tmp_path / "file" / "a.png"):
-        with pytest.raises(UserError, match="a.png: cannot be written"):
-            write_image(path, gradient())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(UserError, match="missing/a.png: cannot be written"):
+        write_image(tmp_path / "missing" / "a.png", gradient())
+    assert not any(tmp_path.iterdir())
 
 
 def test_list_images_leaves_out_hidden_files_folders_and_other_files(tmp_path):
     for name in ("10.png", "9.JPG", "1.tiff", ".hidden.png", "._1.tiff", "notes.txt", "table.csv", "png", "a.ppm.gz"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "5.png").write_bytes(b"")
+    (tmp_path / "folder.png" / "5.png").write_bytes(b"")
     assert [path.name for path in list_images(str(tmp_path))] == ["1.tiff", "9.JPG", "10.png"]
     for path in (tmp_path / "missing", tmp_path / "10.png"):
         with pytest.raises(UserError, match=f"{path.name}: cannot be listed"):

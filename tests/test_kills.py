@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 from test_train import same_weights, tiny, weights_of
 
 from retina_seg.checkpoint import LAST, load_last
+from retina_seg.config import TrainConfig
+from retina_seg.train import fit
 
 resource = pytest.importorskip("resource")  # POSIX only, as SIGKILL is
 EPOCHS, STEPS_AN_EPOCH = 4, 12
@@ -84,11 +87,12 @@ def config(tiny_set, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """The folder of a run that was never stopped. Read only."""
+    """The folder of a run that was never stopped, by one thread as the processes. Read only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with Training("--config", config, "--output", folder) as run:
-        assert run.end() == 0, run.said
-    return folder
+    yield fit(replace(TrainConfig.from_json(config), output=str(folder)), progress=False).folder
+    torch.set_num_threads(threads)
 
 
 def kill_at(run, folder, moment, saved, rng):
@@ -115,10 +119,9 @@ def check_what_is_saved(run, folder):
     return saved
 
 
-def ends_equal(arguments, folder, whole):
+def ends_equal(folder, whole):
     """The run, left alone, ends with the weights of the one that was never stopped."""
-    with Training(*arguments) as run:
-        assert run.end() == 0, run.said
+    fit(replace(TrainConfig.from_json(folder / "config.json"), output=str(folder)), resume=True, progress=False)
     assert same_weights(weights_of(folder), weights_of(whole)) and not half_written(folder)
     assert same_weights(load_last(folder)["model"], load_last(whole)["model"])
 
@@ -133,7 +136,7 @@ def killed_and_resumed(config, folder, moments, rng, whole):
         saved = check_what_is_saved(run, folder)
         print(f"killed ({moment}) at step {run.step}, saved {saved}, half-written files {torn}")
         arguments = ("--resume", folder)
-    ends_equal(arguments, folder, whole)
+    ends_equal(folder, whole)
 
 
 def test_a_run_killed_three_times_ends_with_the_same_weights(config, tmp_path, whole):
@@ -164,4 +167,4 @@ def test_a_run_out_of_disk_says_so_keeps_what_was_saved_and_goes_on_with_room(co
     assert len(said) == 1 and re.search(r"(checkpoint|last)\.pth: cannot be written", said[0]), run.said
     saved = check_what_is_saved(run, folder)
     print(f"full at step {run.step}, {room} bytes left, saved {saved}: {said[0]}")
-    ends_equal(("--resume", folder), folder, whole)
+    ends_equal(folder, whole)

@@ -248,10 +248,11 @@ def test_refuses_a_source_that_is_missing_or_no_set(tmp_path):
     (tmp_path / "raw.zip").write_bytes(b"PK")
     refused(tmp_path, "unpack the archive", "drive", tmp_path / "raw.zip")
     save(tmp_path / "other" / "images" / "12.png", image(12))  # anybody's
-    refused(tmp_path, "does not hold STARE.*check the folder", "stare", tmp_path / "other")
+    refused(tmp_path, "does not hold STARE.*check images and masks", "stare", tmp_path / "other")
     for copy in ("one", "two"):
         make_drive(tmp_path / "twice" / copy, 1)
     refused(tmp_path, "several times .*twice/one, .*twice/two", "drive", tmp_path / "twice")
+    assert names(run("drive", make_drive(tmp_path / "twice", 2), tmp_path / "set", size=32), "test")[1:] == ["02_test"]
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
@@ -293,10 +294,9 @@ def test_refuses_two_sizes_and_damaged_files_and_leaves_nothing(tmp_path):
 
 def test_refuses_a_destination_in_use(tmp_path):
     source = make_drive(tmp_path / "raw", 1)
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "photos.csv").touch()
+    save(tmp_path / "used" / "photo.png", image(1))
     (tmp_path / "file").touch()
-    refused(tmp_path, "is not empty .photos.csv", "drive", source, "used")
+    refused(tmp_path, "is not empty .photo.png", "drive", source, "used")
     refused(tmp_path, "file: is a file", "drive", source, "file")
     for inside in ("raw", "raw/training/set"):
         refused(tmp_path, "lies inside the raw images", "drive", source, inside)

@@ -50,9 +50,9 @@ def test_form_at_any_size(height, width):
         assert one.image.flags["C_CONTIGUOUS"]
 
 
-@pytest.mark.parametrize("arguments", [(0, 63, 96), (0, 96, 8193), (0, 96.0, 96), (-1, 96, 96), (0.5, 96, 96)])
+@pytest.mark.parametrize("arguments", [(0, 63, 96), (0, 96, 63), (0, 96, 8193), (-1, 96, 96)])
 def test_a_size_or_seed_out_of_range_is_refused(arguments):
-    with pytest.raises(UserError, match="must be"):
+    with pytest.raises(UserError, match=r"--seed .*--size .* 64 to 8192"):
         synthetic_image(*arguments)
 
 
@@ -153,10 +153,11 @@ def test_write_set_refuses_what_cannot_be_and_leaves_nothing(tmp_path, wrong):
 
 def test_synthetic_images_only_where_there_are_no_others(tmp_path, capsys):
     data, fallback = tmp_path / "Data1", tmp_path / "synthetic"
-    for _ in range(2):  # no folder yet, then one without images: written once, then used again
+    for bar in ("3/3", ""):  # no folder yet, then one without images: written once, then used again
         assert data_or_synthetic(data, fallback, train=2, test=1, size=(64, 64)) == (fallback, True)
+        shown = capsys.readouterr().err
+        assert bar in shown and bool(bar) == bool(shown)
         (data / "below").mkdir(parents=True, exist_ok=True)
-    assert capsys.readouterr().err.count("3/3") == 1  # one progress bar
     (data / "note.txt").touch()
     with pytest.raises(UserError, match="is a file"):
         data_or_synthetic(data / "note.txt", fallback)

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 from retina_seg import train as training
 from retina_seg.checkpoint import LAST, load_checkpoint, load_last
 from retina_seg.config import TrainConfig
-from retina_seg.data import DriveDataset, list_pairs, load_with_fov
+from retina_seg.data import DriveDataset, list_pairs
 from retina_seg.device import training_layout
 from retina_seg.images import read_grey, write_image
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss
 from retina_seg.model import attention_unet
-from retina_seg.sets.layout import mask_remarks
+from retina_seg.sets.layout import load_with_fov, mask_remarks
 from retina_seg.train import NotFinite, evaluate, fit, split_set, train
 from retina_seg.transforms import frame_from_dict
 from retina_seg.utils import UserError, seeding
@@ -51,14 +51,6 @@ def same_weights(a, b) -> bool:
 def without_curves(monkeypatch):
     """Runs draw no curves.png, which takes longer than these trainings."""
     monkeypatch.setattr("retina_seg.visualize.save_curves", lambda *_, **__: None)
-
-
-class Killed(BaseException):
-    """Stands for the end of a process that is asked nothing."""
-
-
-def die():
-    raise Killed
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ SHOWN = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
 def read_metrics(run: str | Path) -> dict[str, Any]:
     """What `metrics.json` of the folder `run` (or the file itself) holds.
 
-    Raises:
-        UserError: there is none, or it is another thing.
+    Raises `UserError`: there is none, or it is another thing.
     """
     path = Path(run) / "metrics.json" if Path(run).is_dir() else Path(run)
     value = read_json(path)
@@ -65,8 +64,7 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     Returns:
         The table as lines, for people.
 
-    Raises:
-        UserError: fewer than two runs, or one without scores.
+    Raises `UserError`: fewer than two runs, or one without scores.
     """
     if len(runs) < 2:
         raise UserError("compare needs two runs at least: retina-seg compare RUN RUN")

@@ -26,8 +26,7 @@ Fold = tuple[str | Path, Sequence[Pair]]  # a run and the images that it held ou
 def held_out_folds(runs: Sequence[str | Path], data: str | Path) -> list[Fold]:
     """Every run of `runs` with the images of the dataset `data` that it held out.
 
-    Raises:
-        UserError: a run held out nothing, or an image that another run has held out too.
+    Raises `UserError`: a run held out nothing, or an image that another run has held out too.
     """
     folds = [(run, held_out_pairs(run, data)) for run in runs]
     counts = Counter(pair.name for _, pairs in folds for pair in pairs)

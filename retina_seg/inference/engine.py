@@ -50,8 +50,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
     In evaluation mode it is a fixed scale and shift for each channel: the function stays the same, up to rounding.
 
-    Raises:
-        ValueError: `model` is in training mode.
+    Raises `ValueError`: `model` is in training mode.
     """
     if model.training:
         raise ValueError("only a network in evaluation mode can be folded; call eval() first")

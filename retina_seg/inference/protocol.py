@@ -64,8 +64,7 @@ def predict_pairs(
 ) -> Iterator[Any]:
     """The `Sample` of every pair, in order, several at a time in threads; or `then(sample)`, worked out there too.
 
-    Raises:
-        UserError: a file that cannot be read, sizes that differ; as `Segmenter`.
+    Raises `UserError`: a file that cannot be read, sizes that differ; as `Segmenter`.
     """
 
     def one(pair: Pair) -> Any:

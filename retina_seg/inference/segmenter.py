@@ -41,8 +41,7 @@ class Segmenter:
         tta: test-time augmentation, the mean over the image's 8 orientations; eight times the work.
         tile: longest side the network is given at once, pixels; larger images are done in overlapping tiles.
 
-    Raises:
-        UserError: an option is out of its range, or there is no such device.
+    Raises `UserError`: an option is out of its range, or there is no such device.
     """
 
     def __init__(
@@ -76,8 +75,7 @@ class Segmenter:
             threshold: overrides the checkpoint's.
             options: the class's other arguments.
 
-        Raises:
-            UserError: no such checkpoint, or one that does not load (`checkpoint.load_model`).
+        Raises `UserError`: no such checkpoint, or one that does not load (`checkpoint.load_model`).
         """
         path = find_weights(name)
         model, notes = load_model(path)
@@ -101,9 +99,8 @@ class Segmenter:
         Returns:
             (H, W) float32 in [0, 1].
 
-        Raises:
-            ValueError: `image` or `fov` has another shape or dtype.
-            UserError: the network's output is NaN.
+        Raises `ValueError`: `image` or `fov` has another shape or dtype. Raises `UserError`: the network's output is
+        NaN.
         """
         image = as_image(image)
         shape = image.shape[:2]
@@ -178,8 +175,7 @@ def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, hal
 def as_image(image: np.ndarray) -> np.ndarray:
     """`image` as (H, W, 3) uint8: grey (H, W) gets three equal channels.
 
-    Raises:
-        ValueError: another shape or dtype, or no pixel.
+    Raises `ValueError`: another shape or dtype, or no pixel.
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ValueError(f"an image is a uint8 array (0 to 255), got {getattr(image, 'dtype', type(image).__name__)}")

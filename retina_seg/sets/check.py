@@ -70,9 +70,6 @@ class SetReport:
         return lines
 
 
-Print = tuple[str, Path, str, np.ndarray]  # of a readable image: part, file, the photo it shows, fingerprint
-
-
 def check_set(data: str | Path, progress: bool = True) -> SetReport:
     """Read every file of the dataset at `data`, a folder in the Data1 layout or one that holds it.
 
@@ -80,7 +77,7 @@ def check_set(data: str | Path, progress: bool = True) -> SetReport:
         UserError: there is no such dataset. Whatever is wrong inside one goes into the report.
     """
     report = SetReport(find_set(data))
-    prints: list[Print] = []
+    prints: list[tuple[str, Path, str, np.ndarray]] = []  # of each readable image: part, file, photo, fingerprint
     names: set[tuple[str, str]] = set()
     for part in PARTS:
         if not (report.root / part).is_dir():
@@ -114,8 +111,8 @@ def _check_names(report: SetReport, part: str) -> dict[str, dict[str, Path]]:
     return found.files
 
 
-def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]], progress: bool) -> list[Print]:
-    """Open every file of one part; returns the images for the search for copies."""
+def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]], progress: bool) -> list[tuple]:
+    """Open every file of one part; returns its images' part, file, photo, fingerprint, for the search for copies."""
     try:
         photos = {name: photo for name, (photo, _) in photo_ids(report.root, part, files["image"]).items()}
     except UserError as error:
@@ -180,7 +177,7 @@ def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
     try:
         rows = read_index(report.root)
     except UserError:
-        return  # reported when the parts were read
+        rows = None  # reported when the parts were read
     if rows is None:
         return
     for keys, what in (
@@ -203,15 +200,14 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
     lit = (small > 0.2 * np.percentile(small, 90)).astype(np.float32)
     rim = np.ones((PRINT_SIDE // 8 + 3,) * 2, np.uint8)
     lit = cv2.erode(lit, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    detail = (small - _blurred(small, lit, PRINT_SIDE / 16)) * lit
-    contrast = np.sqrt(_blurred(detail**2, lit, PRINT_SIDE / 8))
+
+    def mean(values: np.ndarray, sigma: float) -> np.ndarray:  # Gaussian, of the lit part alone
+        return cv2.GaussianBlur(values * lit, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(lit, (0, 0), sigma), 1e-3)
+
+    detail = (small - mean(small, PRINT_SIDE / 16)) * lit
+    contrast = np.sqrt(mean(detail**2, PRINT_SIDE / 8))
     detail = np.where(contrast > 0.1, detail / np.maximum(contrast, 0.1), 0).clip(-3, 3).astype(np.float32)
     return detail / max(float(np.linalg.norm(detail)), 1e-6)
-
-
-def _blurred(image: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
-    """The Gaussian mean of `image` where `weight` is 1; both (H, W) float32."""
-    return cv2.GaussianBlur(image * weight, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma), 1e-3)
 
 
 def same_photo(fingerprints: np.ndarray) -> Iterator[tuple[int, int, str]]:
@@ -227,7 +223,7 @@ def same_photo(fingerprints: np.ndarray) -> Iterator[tuple[int, int, str]]:
             yield i, i + 1 + int(j), _WAYS[likeness[:, j].argmax()]
 
 
-def _check_copies(report: SetReport, prints: list[Print]) -> None:
+def _check_copies(report: SetReport, prints: list[tuple[str, Path, str, np.ndarray]]) -> None:
     """Report test images that are in train too, and copies inside a part that are not known as such."""
     leaks: dict[Path, list[str]] = defaultdict(list)
     unknown: dict[str, list[str]] = defaultdict(list)

@@ -44,9 +44,7 @@ class RawSet:
     mask: str  # the same of an image's mask, with the groups of `image` filled in
     fov: str = ""  # of its field of view
     mask_2nd: str = ""  # of the second observer's mask
-    last_train: int | None = (
-        None  # `number` of the last training image; None: by `folder` or, without one, the first half
-    )
+    last_train: int | None = None  # the last training image's `number`; None: by `folder`, else the first half
     complete: bool = True  # whether every image has a mask
     vessel_above: int = 127  # mask values above this are vessel
 
@@ -129,26 +127,23 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
         raise UserError(f"{source}: holds {raw.name} several times ({names}); name one of them")
     if not found:
         other = next((key for key in SETS if _search(SETS[key], below)), None)
-        hint = f"it looks like {SETS[other].name}: retina-seg prepare {other}" if other else "check the folder and its masks"
+        hint = f"it looks like {SETS[other].name}: retina-seg prepare {other}" if other else "check images and masks"
         raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); {hint}")
     (images,) = found.values()
     labelled = [image for image in images if "mask" in image.files]
-    parts: dict[str, list[RawImage]] = {"train": [], "test": []}
+    listed = []
     for image in images:
         if raw.complete and image not in labelled:
             mask = raw.mask.format(**image.groups)
-            raise UserError(
-                f"{image.files['image']}: its mask {mask}.* is missing; complete the download or remove this"
-            )
+            raise UserError(f"{image.files['image']}: its mask {mask}.* is missing; complete the download")
         if folder := image.groups.get("folder"):
             training = folder.lower().startswith("training")
         elif raw.last_train is not None:
             training = int(image.groups["number"]) <= raw.last_train
         else:
             training = image in labelled[: (len(labelled) + 1) // 2]
-        part = "train" if training else "test"
-        parts[part].append(replace(image, part=part))
-    return parts["train"] + parts["test"]
+        listed.append(replace(image, part="train" if training else "test"))
+    return sorted(listed, key=lambda image: image.part != "train")
 
 
 def _stem(path: Path) -> str:
@@ -159,26 +154,22 @@ def _stem(path: Path) -> str:
 def _files_below(source: Path) -> dict[str, Path]:
     """The image files in `source` and below, by relative path without endings, in natural order of their names.
 
-    Of several with one such path, one that is not packed is taken.
+    Of several with one such path the first is taken: im0001.ppm, not im0001.ppm.gz.
     """
     found, level = [], [("", source)]
     for _ in range(SEARCH_DEPTH + 3):  # a set's own files are up to two folders deep
         here = [(prefix, path) for prefix, folder in level for path in visible(folder)]
         level = [(f"{prefix}{path.name}/", path) for prefix, path in here if path.is_dir()]
         found += [(prefix + _stem(path), path) for prefix, path in here if path.is_file()]
-    found.sort(key=lambda item: (natural_key(_stem(item[1]).lower()), item[1].suffix.lower() == ".gz"))
     files: dict[str, Path] = {}
-    for key, path in found:
+    for key, path in sorted(found, key=lambda item: natural_key(_stem(item[1]).lower())):
         if path.name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES):
             files.setdefault(key, path)
     return files
 
 
 def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
-    """The folders laid out as `raw` among the files `below`, with a mask at least: relative path -> images.
-
-    Where folders at several levels are, those at the top count.
-    """
+    """The topmost folders laid out as `raw`, with one mask at least, among the files `below`: relative path -> images."""
     pattern = re.compile(rf"(?P<root>([^/]+/){{0,{SEARCH_DEPTH}}}?){raw.image}", re.IGNORECASE)
     found: dict[str, dict[str, RawImage]] = {}
     for key, path in below.items():
@@ -251,9 +242,7 @@ def _load(raw: RawImage, vessel_above: int) -> Arrays:
     Masks are binarised before anything is resized: DRIVE's second observer decodes to 3 and 253.
     """
     pixels = {"image": read_image(raw.files["image"])}
-    for kind, path in raw.files.items():
-        if kind == "image":
-            continue
+    for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
         if array.shape != pixels["image"].shape[:2]:
             sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels["image"], array))
@@ -305,9 +294,8 @@ def prepare_set(
     """Write a raw public set to `destination` in the Data1 layout, whole or not at all.
 
     DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k, its two mirror images and a rotated one; test
-    files 0 … 19. All other files have their images' own names, followed by `_<k>` for variants.
-
-    What is odd but no mistake (images without a mask, an incomplete set) is printed.
+    files 0 … 19. All other files have their images' own names, followed by `_<k>` for variants. What is odd but no
+    mistake (images without a mask, an incomplete set) is printed.
 
     Args:
         name: a key of `SETS`; case, - and _ do not matter.
@@ -343,10 +331,11 @@ def prepare_set(
     if split != "usual":
         labelled = [replace(image, part=split) for image in labelled]
     augment = raw.name == "DRIVE" and side == SIZE
-    rows = []
+    rows: list[dict[str, object]] = []
     with atomic_folder(destination) as folder:
         for image in tqdm(labelled, desc=raw.name, unit="image", disable=not progress):
             many = augment and image.part == "train"
+            subject, source_name = image.groups.get("subject", image.name), image.files["image"].name
             number = [other.part for other in labelled[: labelled.index(image)]].count(image.part)
             for k, pixels in enumerate(_variants(image, raw.vessel_above, side, many, seed)):
                 file = f"{image.name}_{k}" if many else image.name
@@ -354,14 +343,7 @@ def prepare_set(
                     file = str(4 * number + k if many else number)
                 for kind, array in pixels.items():
                     write_image(create_dir(folder / image.part / kind) / f"{file}.png", array)
-                row = (
-                    image.part,
-                    file,
-                    image.name,
-                    image.groups.get("subject", image.name),
-                    k,
-                    image.files["image"].name,
-                )
+                row = (image.part, file, image.name, subject, k, source_name)
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
         write_csv(folder / "photos.csv", COLUMNS, rows)
     return destination

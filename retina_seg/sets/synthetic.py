@@ -13,7 +13,6 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +59,14 @@ def synthetic_image(seed: int, height: int = 512, width: int = 512) -> Synthetic
         height, width: size of the image in pixels, each from 64 to 8192.
 
     Raises:
-        UserError: a seed or size that is no integer or out of range.
+        UserError: a seed or size out of range.
     """
-    if not isinstance(seed, Integral) or seed < 0:
-        raise UserError(f"seed {seed!r}: must be an integer from 0 up")
-    if not all(isinstance(side, Integral) and MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
-        raise UserError(f"size {height!r}x{width!r}: both must be integers from {MIN_SIZE} to {MAX_SIZE} pixels")
-    shape = int(height), int(width)
+    if seed < 0 or not MIN_SIZE <= min(height, width) <= max(height, width) <= MAX_SIZE:
+        needed = f"the seed must be 0 or more, each side {MIN_SIZE} to {MAX_SIZE} pixels"
+        raise UserError(f"--seed {seed} --size {height}x{width}: {needed}")
+    shape = height, width
     # One random stream a stage: a change to the colours leaves every mask as it was.
-    plan, growth, paint, camera = (np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(4))
+    plan, growth, paint, camera = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
     eye = _Eye(plan, shape)
     # Column and row coordinates in field radii: (1, W) and (H, 1) float32, they broadcast to the image.
     x = ((np.arange(shape[1], dtype=np.float32) - eye.centre[0]) / eye.radius)[None, :]
@@ -212,8 +210,8 @@ def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Tip]:
     for up in (1, -1):
         for arcade, thick, outward in ((temporal, 0.0145, 1), (nasal, 0.0095, -1)):
             for artery in (True, False):
-                spread = [1, up * rng.uniform(0.82, 1.18)]
-                course = arcade * spread + rng.normal([0, 0.05 * up if artery else -0.03 * up], 0.05, arcade.shape)
+                course = arcade * [1, up * rng.uniform(0.82, 1.18)]
+                course += rng.normal([0, 0.05 * up if artery else -0.03 * up], 0.05, arcade.shape)
                 radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
                 start = rng.normal([x0, y0], 0.022).tolist()
                 heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
@@ -294,18 +292,16 @@ def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, thin: flo
 
 
 def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Render the vessels on a finer canvas and average it down.
+    """Vessels rendered on a finer canvas and averaged down, each layer (H, W) float32 in [0, 1].
 
-    Returns coverage (share of the pixel under a vessel), opacity of arteries, opacity of veins, brightness of the
-    arteries' central reflex; each (H, W) float32 in [0, 1].
+    Coverage (share of the pixel under a vessel), opacity of arteries and of veins, the arteries' central reflex.
     """
     fine = 4 if max(shape) <= 1024 else 2
     covered, arteries, veins, reflex = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(4))
     segments = []
     for artery, contrast, points in tree:
         # The pixel's centre is at (fine - 1) / 2 of its fine pixels; OpenCV takes 4 bits of fraction.
-        ends = ((points[:, :2] * eye.radius + eye.centre) * fine + (fine - 1) / 2) * 16
-        ends = np.rint(ends).astype(int).tolist()
+        ends = np.rint(((points[:, :2] * eye.radius + eye.centre) * fine + (fine - 1) / 2) * 16).astype(int).tolist()
         calibres = (2 * eye.radius * points[1:, 2]).tolist()
         segments += [(c, artery, contrast, *line) for c, *line in zip(calibres, ends, ends[1:], strict=False)]
     segments.sort(key=lambda s: s[0])  # thick ones last, on top
@@ -343,14 +339,12 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
     stripes = (np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4) * np.clip(0.5 + 0.6 * noise(0.25), 0, 2)
     stripes *= (1 - around_fovea(0.35)) * (rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.06, 0.12))
     macula = rng.uniform(0.12, 0.24) * around_fovea(0.2) + rng.uniform(0.08, 0.2) * around_fovea(0.06)
-
     # The nerve fibres' silvery sheen: fine rays from the disc, strongest above and below it.
     dx, dy = x - eye.disc[0], y - eye.disc[1]
     angle, far = np.arctan2(dy, dx), np.hypot(dx, dy)
     rays = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
     rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), rays).astype(np.float32)
     sheen = rng.uniform(0.0, 0.5) * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2))
-
     red = rng.uniform(0.56, 0.8)
     green = red * rng.uniform(0.46, 0.58)
     blue = green * rng.uniform(0.42, 0.66)
@@ -358,7 +352,6 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
     green = green * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * noise(0.7))
     blue = blue * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen) * (1 + 0.08 * noise(0.7))
     colour = np.stack([light * red, light * green, light * blue], axis=-1).astype(np.float32)
-
     # The disc: a pale oval with a soft edge; a crescent of thin pigment often lies on its temporal side.
     far = far * (1 + rng.uniform(-0.06, 0.06) * np.cos(2 * angle) + 0.02 * np.cos(3 * angle)) / eye.disc_radius
     temporal = np.cos(angle) * eye.temporal
