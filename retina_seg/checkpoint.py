@@ -141,9 +141,6 @@ def load_last(folder: Path) -> dict[str, Any] | None:
     return _load(folder / LAST) if (folder / LAST).exists() else None
 
 
-# ---------------------------------------------------------------------------------------------------------- run folders
-
-
 def free_folder(path: str | Path) -> Path:
     """`path`, or the first of path-2, path-3, … that holds no run yet."""
     path = Path(path)

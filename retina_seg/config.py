@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retina_seg.fov import LARGEST_SIDE
 from retina_seg.utils import UserError, read_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -138,6 +139,8 @@ class TrainConfig:
         for item in dataclasses.fields(self):
             if item.metadata:
                 _check_value(f"--{item.name.replace('_', '-')}", getattr(self, item.name), item.default, item.metadata)
+        if self.size > LARGEST_SIDE:
+            raise UserError(f"--size {self.size}: must be {LARGEST_SIDE} pixels at most")
         if self.ema >= 1 or (self.warmup or 0) >= 1:
             raise UserError(f"--ema {self.ema}, --warmup {self.warmup}: must be below 1")
         if self.keep == "best" and self.validation == "none":

@@ -32,8 +32,6 @@ from retina_seg.transforms import (
 )
 from retina_seg.utils import UserError
 
-# --------------------------------------------------------------------------------------------------------------- splits
-
 
 def split_by_photo(
     pairs: Sequence[Pair], validation: float | int, seed: int, fold: int = 0
@@ -60,9 +58,6 @@ def split_by_photo(
     return training, [pair for pair in pairs if pair.subject in held_out]
 
 
-# ------------------------------------------------------------------------------------------------------- torch datasets
-
-
 class DriveDataset(Dataset):
     """The original's dataset: item i is an image (3, H, W) float32 BGR in [0, 1] and its mask (1, H, W) float32 in [0, 1].
 
@@ -78,10 +73,7 @@ class DriveDataset(Dataset):
     """
 
     def __init__(
-        self,
-        images_path: Sequence[str | Path],
-        masks_path: Sequence[str | Path],
-        size: tuple[int, int] | None = None,
+        self, images_path: Sequence[str | Path], masks_path: Sequence[str | Path], size: tuple[int, int] | None = None
     ) -> None:
         if len(images_path) != len(masks_path):
             raise UserError(f"{len(images_path)} images but {len(masks_path)} masks: every image needs one mask")

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------------- from counts
-
 
 class _Additive:
     """Of a dataclass of numbers: they add up one by one."""
@@ -42,8 +40,7 @@ class Counts(_Additive):
 def count(mask: np.ndarray, predicted: np.ndarray, region: np.ndarray | None = None) -> Counts:
     """Count the pixels of `mask` (ground truth) against `predicted`, both bool of one shape, where `region` is True.
 
-    Raises `ValueError`: shapes differ. Raises `TypeError`: an array is not bool: a probability must be thresholded
-    first.
+    Raises `ValueError`: shapes differ. Raises `TypeError`: an array is not bool, as a probability is not.
     """
     for array in (mask, predicted) if region is None else (mask, predicted, region):
         if array.shape != mask.shape:
@@ -62,7 +59,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def scores_from_counts(c: Counts) -> dict[str, float]:
-    """The scores that are functions of the counts, by name: in [0, 1], Matthews' correlation in [-1, 1]; NaN if undefined."""
+    """The scores of the counts by name: in [0, 1], Matthews' correlation ("mcc") in [-1, 1]; NaN where undefined."""
     product = (c.tp + c.fp) * (c.tp + c.fn) * (c.tn + c.fp) * (c.tn + c.fn)  # Python's integers do not overflow
     return {
         "jaccard": _ratio(c.tp, c.tp + c.fp + c.fn),
@@ -78,31 +75,24 @@ def scores_from_counts(c: Counts) -> dict[str, float]:
 SCORES = (*scores_from_counts(Counts()), "auc", "average_precision", "cldice")
 
 
-# --------------------------------------------------------------------------------------------------------- from a ranking
-
-
 def ranking_scores(mask: np.ndarray, score: np.ndarray) -> tuple[float, float]:
     """Exact (AUC, average precision) of the pixels of `mask`, bool, ranked by `score`, float of the same shape.
 
-    AUC, the area under the ROC curve: how often a vessel pixel scores above a background pixel, ties half; NaN where one
-    of the classes is empty. Average precision: the mean, over vessel pixels, of the precision at the threshold that just
-    finds the pixel; NaN where there is no vessel. Both in [0, 1].
+    AUC, the area under the ROC curve: how often a vessel pixel scores above a background pixel, ties half. Average
+    precision: the mean, over vessel pixels, of the precision at the threshold that just finds the pixel. Both are in
+    [0, 1]; NaN where there is no vessel, AUC also where there is no background.
     """
     vessel, background = np.sort(score[mask]), np.sort(score[~mask])
-    below = np.searchsorted(background, vessel, "left")
-    not_above = np.searchsorted(background, vessel, "right")
+    below, not_above = (np.searchsorted(background, vessel, side) for side in ("left", "right"))
     tp = vessel.size - np.searchsorted(vessel, vessel, "left")
     area = _ratio(float((below + not_above).sum(dtype=np.int64)), 2 * vessel.size * background.size)
     return area, float(np.mean(tp / (tp + background.size - below))) if vessel.size else math.nan
 
 
 class RankingHistogram:
-    """The pixels of any number of images in 4,096 bins of the predicted log-odds, from -16 to 16.
+    """The pixels of any number of images in 4,096 bins of the predicted log-odds, from -16 to 16, evenly mixed in a bin.
 
-    Pixels of one bin are taken as evenly mixed.
-
-    Attributes:
-        counts: (2, 4096) int64: background, vessel.
+    `counts`: (2, 4096) int64: background, vessel.
     """
 
     BINS, LIMIT = 4096, 16.0
@@ -132,9 +122,6 @@ class RankingHistogram:
         return float(area), float(_ratio((np.diff(tp) * precision).sum(), tp[-1]))
 
 
-# ----------------------------------------------------------------------------------------------------------- centre lines
-
-
 @dataclass(frozen=True)
 class LineCounts(_Additive):
     """Centre-line pixels: of the prediction, those of them inside the mask; of the mask, those inside the prediction."""
@@ -162,9 +149,6 @@ def cldice(lines: LineCounts) -> float:
     return 2 * precise * sensitive / (precise + sensitive) if precise + sensitive else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------- an image and a set
-
-
 def _scores(counts: Counts, ranked: tuple[float, float], lines: LineCounts) -> dict[str, float]:
     return {**scores_from_counts(counts), "auc": ranked[0], "average_precision": ranked[1], "cldice": cldice(lines)}
 
@@ -182,27 +166,18 @@ class ImageScores:
 def score_image(
     mask: np.ndarray, predicted: np.ndarray, probability: np.ndarray | None, regions: dict[str, np.ndarray | None]
 ) -> dict[str, ImageScores]:
-    """Score one image in each of `regions`.
+    """Score one image, all arrays (H, W), in each of `regions`: name -> bool, or None for the whole frame.
 
-    Args:
-        mask, predicted: (H, W) bool.
-        probability: (H, W) float in [0, 1] for the ranking scores; None (a human's mask has none) leaves them NaN.
-        regions: name -> (H, W) bool, or None for the whole frame.
-
-    Returns:
-        region -> its scores. Centre lines are found once on the whole frame, then counted where the region is.
+    `mask` and `predicted` are bool, `probability` float in [0, 1]; None (a human's mask) leaves the ranking scores NaN.
+    Centre lines are those of the whole frame, counted where the region is.
     """
     line_predicted, line_mask = centre_line(predicted), centre_line(mask)
     results = {}
     for name, region in regions.items():
         inside = np.ones_like(mask) if region is None else region
         counts = count(mask, predicted, region)
-        lines = LineCounts(
-            int(np.count_nonzero(line_predicted & inside)),
-            int(np.count_nonzero(line_predicted & inside & mask)),
-            int(np.count_nonzero(line_mask & inside)),
-            int(np.count_nonzero(line_mask & inside & predicted)),
-        )
+        pieces = (line_predicted, line_predicted & mask, line_mask, line_mask & predicted)
+        lines = LineCounts(*(int(np.count_nonzero(piece & inside)) for piece in pieces))
         ranking, ranked = None, (math.nan, math.nan)
         if probability is not None:
             pixels = mask[inside], probability[inside]
@@ -249,19 +224,13 @@ def bootstrap(values: Sequence[float] | np.ndarray, draws: int = 10_000, seed: i
     return float(low), float(high)
 
 
-# -------------------------------------------------------------------------------------------------------------- thresholds
-
 THRESHOLDS = np.arange(1, 100) / 100
 
 
 def threshold_scores(mask: np.ndarray, probability: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of one image by threshold; a pixel is called vessel where its probability is above the threshold.
+    """Scores of the pixels of `mask` (n,) bool, called vessel where `probability` (n,) float is above a threshold.
 
-    Args:
-        mask: (n,) bool. probability: (n,) float in [0, 1].
-
-    Returns:
-        "f1", "recall", "precision", "accuracy": (99,) float64 in [0, 1] for `THRESHOLDS`; NaN where undefined.
+    Returns "f1", "recall", "precision", "accuracy": (99,) float64 in [0, 1] for `THRESHOLDS`; NaN where undefined.
     """
     vessel, background = np.sort(probability[mask]), np.sort(probability[~mask])
     tp = vessel.size - np.searchsorted(vessel, THRESHOLDS, "right")

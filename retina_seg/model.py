@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from retina_seg.utils import UserError
 
-# ------------------------------------------------------------------------------------------------ the original's blocks
-
 
 class ConvBlock(nn.Module):
     """Two 3x3 convolutions, each with batch normalisation and ReLU: (N, in, H, W) -> (N, out, H, W)."""
@@ -148,9 +146,6 @@ decoder_block = DecoderBlock
 attention_unet = AttentionUNet
 
 
-# ------------------------------------------------------------------------------------------------------ the fast network
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation around a shortcut: (N, C, H, W) -> the same.
 
@@ -238,8 +233,6 @@ class FastAttentionUNet(nn.Module):
         y = self.shuffle(self.head(d))  # (N, fine, H, W); the logits where there is no fine path
         return y if self.fine is None else self.fine(y, x)  # (N, 1, H, W)
 
-
-# ------------------------------------------------------------------------------------------------------- the registry
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "attention_unet": AttentionUNet,

@@ -22,9 +22,8 @@ def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
     """The nearest matrix of orthonormal rows (or columns, whichever are fewer), roughly: (R, C) float -> the same.
 
     With matrix = U S V^T this is U f(S) V^T, f(s) between 0.7 and 1.2 for all but the smallest s, by a Newton-Schulz
-    iteration of products alone: x <- p(x x^T) x with a polynomial p. Every iterate is a square matrix times the first
-    one, so only square ones are iterated; for a 3x3 convolution, whose matrix is nine times as wide as high, that takes
-    half of the time. Rounding costs some 1e-4. The scale of `matrix` does not matter. A matrix of zeros stays one.
+    iteration x <- p(x x^T) x with a polynomial p. Only square matrices are iterated, which halves the time for a 3x3
+    convolution. Rounding costs some 1e-4. The scale of `matrix` does not matter. A matrix of zeros stays one.
 
     >>> orthogonalized(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).abs().sum().item() > 1.4
     True

@@ -31,21 +31,10 @@ from retina_seg.model import build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
 from retina_seg.sets.layout import Pair, list_pairs, mask_remarks
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
-from retina_seg.utils import (
-    UserError,
-    create_dir,
-    epoch_time,
-    natural_sort,
-    seeding,
-    write_csv,
-    write_json,
-)
+from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[tuple[Tensor, Tensor]]
-
-
-# -------------------------------------------------------------------------------------------------- one pass over a loader
 
 
 class NotFinite(FloatingPointError):
@@ -134,9 +123,6 @@ def _mean(values: list[Tensor]) -> float:
     return torch.stack(values).mean().item()
 
 
-# ------------------------------------------------------------------------------------------------ the data of a training
-
-
 @dataclass(frozen=True)
 class _Data:
     """What a config trains and validates on: torch datasets, the pairs behind them, the frame for the checkpoint."""
@@ -184,9 +170,6 @@ def _open_data(config: TrainConfig, stride: int) -> _Data:
     return _Data(patches, whole, training, validation, frame)
 
 
-# --------------------------------------------------------------------------------------------------------------- the loop
-
-
 @dataclass
 class Run:
     """What `fit` gives back.
@@ -218,7 +201,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
 
     Raises `UserError`: a value of `config` that cannot be, data that cannot be read, a folder that may not be written
     to, or one that already holds a run while `resume` is off, too little memory; a run that another number of processes
-    began. Raises `NotFinite`: the loss or a gradient is not finite; the message names the images and what is kept.
+    began. Raises `NotFinite`: the loss or a gradient is not finite; the epochs before are saved.
     Raises `KeyboardInterrupt`: stopped; the message says how to go on.
     """
     world = world or World()
@@ -238,16 +221,18 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
         loop.describe()
     progress = progress and world.is_main
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
+    number = loop.state["epoch"] + 1
     try:
         with contextlib.closing(bar), memory_kept(), out_of_memory("lower --batch-size or --size"):
-            while loop.state["epoch"] < config.epochs:
+            while number <= config.epochs:
                 line = loop.epoch(bar)
                 if progress:
                     tqdm.write(line)
+                number += 1
     except KeyboardInterrupt as stop:
         command = "retina-seg" if world.size == 1 else f"torchrun --nproc_per_node={world.size} -m retina_seg"
         stop.args = (
-            f"stopped in epoch {loop.state['epoch'] + 1} of {config.epochs}, the epochs before it are saved; "
+            f"stopped in epoch {number} of {config.epochs}, the epochs before it are saved; "
             f"go on with: {command} train --resume {shlex.quote(config.output)}",
         )
         raise

@@ -30,9 +30,6 @@ def mask_to_tensor(mask: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mask)).unsqueeze(0).float() / 255
 
 
-# ---------------------------------------------------------------------------------------------------- the working frame
-
-
 @dataclass(frozen=True)
 class Placement:
     """How one image lies in a frame: `box` (top, left, bottom, right) is cut out of it and resized to `size`.
@@ -173,9 +170,6 @@ def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.n
     return padded, inside
 
 
-# --------------------------------------------------------------------------------------------------------- augmentation
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """How strongly training images are augmented; every draw is fresh. Zero switches a step off.
@@ -260,10 +254,7 @@ def augment_geometry(
             for _ in "xy"
         ]
         map_x, map_y = (m[0] * xs + m[1] * ys + m[2] + b for m, b in zip(matrix.astype(np.float32), bent, strict=True))
-        return (
-            cv2.remap(image, map_x, map_y, cv2.INTER_CUBIC),
-            cv2.remap(mask, map_x, map_y, cv2.INTER_LINEAR),
-        )
+        return (cv2.remap(image, map_x, map_y, cv2.INTER_CUBIC), cv2.remap(mask, map_x, map_y, cv2.INTER_LINEAR))
     image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
     return (
         cv2.warpAffine(image, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | image_how),

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,9 +31,6 @@ class UserError(Exception):
 
     The command prints it as one line and exits with status 2; it is never a bug of the package.
     """
-
-
-# ---------------------------------------------------------------------------------------------- the original's three
 
 
 def seeding(seed: int) -> None:
@@ -74,22 +72,10 @@ def epoch_time(start_time: float, end_time: float) -> tuple[int, int]:
     return minutes, seconds
 
 
-# ------------------------------------------------------------------------------------------------- order and numbers
-
-
 def natural_key(text: str | Path) -> tuple:
     """A sort key that counts: "2.png" before "10.png"."""
-    pieces: list[tuple[int, int, str]] = []
-    digits = ""
-    for character in str(text) + "\0":
-        if character.isascii() and character.isdigit():
-            digits += character
-            continue
-        if digits:
-            pieces.append((0, int(digits[:18]), digits))
-            digits = ""
-        pieces.append((1, 0, character))
-    return tuple(pieces)
+    parts = re.split("([0-9]+)", str(text))  # text and digits in turn
+    return tuple((int(part[:18]), part) if index % 2 else part for index, part in enumerate(parts))
 
 
 def natural_sort(items: Iterable[T]) -> list[T]:
@@ -125,9 +111,6 @@ def prefetch(
         finally:
             for future in waiting:
                 future.cancel()
-
-
-# --------------------------------------------------------------------------------------------------- files, all or none
 
 
 @contextlib.contextmanager

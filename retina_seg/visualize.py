@@ -20,15 +20,14 @@ TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (235, 235, 235), (86, 180, 233),
 
 
 def mask_parse(mask: np.ndarray) -> np.ndarray:
-    """The original's: (H, W) -> (H, W, 3), the grey value in every channel."""
+    """The original's: (H, W) grey -> (H, W, 3), that value in every channel."""
     return np.repeat(mask[:, :, None], 3, axis=2)
 
 
 def strip(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The original's strip, (H, 3 W + 20, 3) uint8 RGB: image | 10 px of grey 128 | mask | 10 px of grey 128 | prediction.
+    """The original's strip: image (H, W, 3) uint8 RGB | mask | prediction, both (H, W) uint8, with 10 px of grey between.
 
-    Args:
-        image: (H, W, 3) uint8 RGB. mask, prediction: (H, W) uint8, 0 to 255.
+    Returns (H, 3 W + 20, 3) uint8 RGB.
     """
     line = np.full((image.shape[0], 10, 3), 128, np.uint8)
     return np.concatenate([image, line, mask_parse(mask), line, mask_parse(prediction)], axis=1)
@@ -37,10 +36,9 @@ def strip(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> np.nda
 def error_overlay(
     image: np.ndarray, mask: np.ndarray, predicted: np.ndarray, fov: np.ndarray | None = None
 ) -> np.ndarray:
-    """True positives, false negatives and false positives in their colours on the image in dark grey, (H, W, 3) uint8 RGB.
+    """True positives, false negatives and false positives coloured on the image in dark grey; outside `fov` nothing is.
 
-    Args:
-        image: (H, W, 3) uint8 RGB. mask, predicted, fov: (H, W) bool; outside `fov` nothing is coloured.
+    `image`, and what is returned: (H, W, 3) uint8 RGB; `mask`, `predicted`, `fov`: (H, W) bool.
     """
     inside = np.ones_like(mask) if fov is None else fov
     overlay = mask_parse(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) // 2)
@@ -50,11 +48,10 @@ def error_overlay(
     return overlay
 
 
-def vessel_overlay(image: np.ndarray, vessels: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+def vessel_overlay(image: np.ndarray, vessels: np.ndarray) -> np.ndarray:
     """The image (H, W, 3) uint8 RGB with `vessels` (H, W) bool tinted green; the same shape."""
     overlay = image.copy()
-    tint = np.array((0, 255, 120), np.float32)
-    overlay[vessels] = (image[vessels] * (1 - opacity) + tint * opacity).astype(np.uint8)
+    overlay[vessels] = (0.4 * image[vessels] + 0.6 * np.array((0, 255, 120))).astype(np.uint8)
     return overlay
 
 
@@ -71,12 +68,11 @@ def contact_sheet(
     import torch
     from torchvision.utils import make_grid
 
-    tiles = []
     images = [shrink(image, width) for image in images]
-    height = max(image.shape[0] for image in images)
+    height, tiles = max(len(image) for image in images), []
     for image, caption in zip(images, captions, strict=True):
         tile = np.full((height + 24, width, 3), 255, np.uint8)
-        tile[24 : 24 + image.shape[0], : image.shape[1]] = image
+        tile[24 : 24 + len(image), : image.shape[1]] = image
         cv2.putText(tile, short(caption), (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
         tiles.append(torch.from_numpy(tile).permute(2, 0, 1))
     grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
@@ -112,7 +108,7 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     epochs = [row["epoch"] for row in history]
     validated = any(math.isfinite(row["validation_loss"]) for row in history)
     figure, axes = new_figure(2 if validated else 1)
-    style = {"marker": "o" if len(epochs) < 30 else None, "ms": 3}
+    style = _dots(epochs)
     axes[0].plot(epochs, [row["train_loss"] for row in history], label="training", **style)
     if validated:
         axes[0].plot(epochs, [row["validation_loss"] for row in history], label="validation", **style)
@@ -125,41 +121,32 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     return figure
 
 
-def progress_chart(
-    histories: dict[str, Sequence[dict[str, float]]], goal: float | None = None, lowest: float = 0.0
+def line_chart(
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    marks: dict[str, float] | None = None,
+    ylim: tuple[float | None, float | None] = (None, None),
+    title: str = "",
 ) -> Any:
-    """F1 on the validation images by minutes of training, a line a run (name -> rows of history.csv): a matplotlib figure.
-
-    `goal` is an F1 to mark. The axis of F1 begins at `lowest`; above 0 it ends at the highest F1, else at 1.
-    """
+    """`lines`, name -> (x values, y values), and upright ones at `marks`, name -> x: a matplotlib figure."""
     figure, (axis,) = new_figure(width=6.4)
-    for name, history in histories.items():
-        minutes = np.cumsum([row["seconds"] for row in history]) / 60
-        axis.plot(minutes, [row["validation_f1"] for row in history], marker="o", ms=3, label=name)
-    if goal is not None:
-        axis.axhline(goal, color="0.5", lw=1, ls="--", label=f"F1 {goal}")
-    ylim = (lowest, None if lowest else 1)
-    axis.set(xlabel="minutes", ylabel="F1 on the validation images", xlim=(0, None), ylim=ylim)
-    axis.legend(frameon=False, loc="lower right")
+    for name, (x, y) in lines.items():
+        axis.plot(x, y, label=name, **_dots(x))
+    for number, (name, x) in enumerate((marks or {}).items()):
+        axis.axvline(x, color="0.4", lw=1, ls=("--", ":")[number % 2], label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=ylim, title=title)
+    axis.legend(frameon=False)
     return figure
 
 
-def threshold_chart(thresholds: np.ndarray, scores: dict[str, np.ndarray], marks: dict[str, float], title: str) -> Any:
-    """Scores by threshold, a line a score, the thresholds in `marks` (name -> threshold) upright: a matplotlib figure."""
-    figure, (axis,) = new_figure(width=8.4)
-    for name, values in scores.items():
-        axis.plot(thresholds, values, label=name)
-    for style, (name, place) in zip(("--", ":"), marks.items(), strict=False):
-        axis.axvline(place, color="0.4", lw=1, ls=style, label=name)
-    lowest = min(float(np.nanmin(values[20:80])) for values in scores.values())
-    ylim = (np.floor(lowest * 20) / 20, 1)
-    axis.set(xlabel="threshold", ylabel="mean over images", xlim=(0, 1), ylim=ylim, title=title)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
+def _dots(x: Sequence[float]) -> dict[str, Any]:
+    """The style of a line with few points: one point alone would not be seen."""
+    return {"marker": "o", "ms": 3} if len(x) < 30 else {}
 
 
 def ranking_curves(rankings: dict[str, Any]) -> Any:
-    """Pooled ROC and precision-recall curves, a line a region (region -> `RankingHistogram`): a matplotlib figure."""
+    """Pooled ROC and precision-recall curves of `rankings`, region -> `RankingHistogram`: a matplotlib figure."""
     figure, axes = new_figure(2, height=4.2)
     for region, ranking in rankings.items():
         tp, fp = ranking.rates()
@@ -252,14 +239,3 @@ def heat_maps(image: np.ndarray, title: str, maps: dict[str, np.ndarray], width:
         images.append(cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB))
         titles.append(f"{name}\n{low:.2g} to {high:.2g}")
     return gallery(images, titles, columns=len(images), width=width)
-
-
-def line_chart(x: Sequence[float], named: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> Any:
-    """One line a name over the same `x`: a matplotlib figure."""
-    figure, (axis,) = new_figure(width=6.4)
-    for name, values in named.items():
-        axis.plot(x, values, label=name)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(frameon=False)
-    return figure

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,14 +76,8 @@ def test_python_dash_m_is_the_command():
 def test_the_public_names_are_listed_and_have_types(tmp_path):
     assert set(retina_seg.__all__) <= set(dir(retina_seg)) and all(hasattr(retina_seg, n) for n in retina_seg.__all__)
     pytest.importorskip("mypy")
-    results = {
-        "Segmenter": "Segmenter",
-        "TrainConfig": "TrainConfig",
-        "fit": "Run",
-        "load_model": "tuple",
-        "test": "dict",
-    }
-    code = [f"from retina_seg import {', '.join(results)}", *(f"reveal_type({name})" for name in results), "fit(3)"]
+    names = ("Segmenter", "TrainConfig", "fit", "load_model", "test")
+    code = [f"from retina_seg import {', '.join(names)}", *(f"reveal_type({name})" for name in names), "fit(3)"]
     (tmp_path / "user.py").write_text("\n".join(code))
     other = "[mypy]\n[mypy-torch.*,numpy.*,cv2.*,matplotlib.*,tqdm.*,sklearn.*]\nfollow_imports = skip\n"
     (tmp_path / "mypy.ini").write_text(other)  # what is not ours takes a minute
@@ -90,7 +85,7 @@ def test_the_public_names_are_listed_and_have_types(tmp_path):
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     assert re.findall(r"user.py:(\d+): error: (.*?) to", said) == [("7", "Argument 1")], said
     types = re.findall(r'Revealed type is "def \(.*\) -> (?:[\w]+\.)*(\w+).*"', said)
-    assert types == list(results.values()), said
+    assert types == ["Segmenter", "TrainConfig", "Run", "tuple", "dict"], said
 
 
 # ------------------------------------------------------------------------------------------------------------- the jobs
@@ -99,16 +94,16 @@ def test_the_public_names_are_listed_and_have_types(tmp_path):
 def test_the_main_job_on_an_empty_folder_uses_synthetic_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_set("results/synthetic-data", 3, 2, (64, 64), progress=False)
-    (tmp_path / "Data1").mkdir()
-    (tmp_path / "Data1/README.md").write_text("how to fill it")
-    for folder in ("results/run", "results/run-2"):  # nothing is overwritten
-        assert call("run", *SMALL, "--patches", 4) == 0
-        shown = capsys.readouterr().out
-        assert "Data1 holds no images yet: using synthetic ones" in shown
-        assert "Jaccard: 0." in shown and f"written to {folder}: " in shown
-        assert json.loads((tmp_path / folder / "metrics.json").read_text())["protocol"]["images"] == 2
-        assert TrainConfig.from_json(tmp_path / folder / "config.json").preset == "quick"
-    assert [path.name for path in (tmp_path / "Data1").iterdir()] == ["README.md"]
+    for path in (tmp_path / "Data1/README.md", tmp_path / "results/run/config.json"):
+        path.parent.mkdir()
+        path.write_text("mine")
+    assert call("run", *SMALL, "--patches", 4) == 0
+    shown = capsys.readouterr().out
+    assert "Data1 holds no images yet: using synthetic ones" in shown
+    assert "Jaccard: 0." in shown and "written to results/run-2: " in shown  # nothing is overwritten
+    assert json.loads((tmp_path / "results/run-2/metrics.json").read_text())["protocol"]["images"] == 2
+    assert TrainConfig.from_json(tmp_path / "results/run-2/config.json").preset == "quick"
+    assert len(list(Path("Data1").iterdir())) == len(list(Path("results/run").iterdir())) == 1
 
 
 def test_the_main_job_on_a_filled_folder_uses_its_images(tmp_path, monkeypatch):
@@ -117,7 +112,6 @@ def test_the_main_job_on_a_filled_folder_uses_its_images(tmp_path, monkeypatch):
     assert call("run", "--data", "images", "--output", "out", "--preset", "notebook", *SMALL) == 0
     config = TrainConfig.from_json(tmp_path / "out/config.json")
     assert config.data.endswith("images/inner/Data") and config.preset == "notebook"
-    assert not (tmp_path / "results").exists()
 
 
 def test_train_then_test_then_resume_as_in_the_readme(tiny_set, tmp_path, capsys):
@@ -179,8 +173,6 @@ MISTAKES = [
     ("train --data {folder}/nowhere --output {out}", "nowhere: no such folder"),
     ("train --data {empty} --output {out}", "no train/image or test/image folder"),
     ("train --data {set} --output {out} --epochs 0", "--epochs 0"),
-    ("train --data {set} --output {out} --device warp", "--device warp"),
-    ("train --data {set} --output {out} --loss hinge", "--loss hinge"),
     ("train --data {set} --output {file}", "mine.pth: is a file"),
     ("train --preset fast --config {file}", "--preset and --config: give one of them"),
     ("train --resume {folder}/nowhere", "config.json: cannot be read"),
@@ -188,10 +180,8 @@ MISTAKES = [
     ("test --checkpoint {other} --data {set} --output {out}", "other.pth: the weights are of another architecture"),
     ("test --checkpoint drive --data {set}", "--output is needed"),
     ("test --run {folder}/nowhere --data {set}", "nowhere: no such checkpoint"),
-    ("test --data {set}", "give one of --run and --checkpoint"),
     ("predict {empty} --output {out}", "no image"),
     ("prepare drive {folder}/nowhere {out}", "nowhere"),
-    ("prepare hrf {set} {out}", "set"),
     ("prepare drive {set} {out} --size tiny", "--size tiny: give a number"),
     ("synth {set}", "is not empty"),
     ("synth {out} --size 8", "64"),

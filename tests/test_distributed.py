@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them: two on this machine, over Gloo. They run `job` of this file."""
 
+import contextlib
 import csv
 import json
 import os
@@ -49,7 +50,6 @@ def job(folder):
         model = network(seed=world.rank)  # the weights of rank 0 count
         parallel = world.parallel(model, world.device("cpu"))
         loss_of(parallel, world.rank).backward()
-        del parallel
         torch.save([parameter.grad for parameter in model.parameters()], folder / f"{world.rank}.pth")
         fit(config, progress=False, world=world)
         fit(replace(config, output=str(folder / "killed")), resume=True, progress=False, world=world)
@@ -57,26 +57,25 @@ def job(folder):
 
 
 def torchrun(*program) -> subprocess.Popen:
-    """`program` in two processes of one thread each."""
+    """`program` in two processes of one thread each, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # a session of its own, so that nothing of it outlives the test
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def end(process) -> str:
-    """All that was said."""
+    """All that was said; nothing of the process outlives this call."""
     try:
         return process.communicate(timeout=240)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return pytest.fail(f"did not end:\n{process.communicate()[0][-3000:]}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_set, tmp_path_factory):
-    """A folder with images and a training in "killed", one of whose processes was killed; and what was said."""
+def folder(tiny_set, tmp_path_factory):
+    """What two processes wrote: a training ("killed") that one of them did not survive, then `job`. Read only."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "images/more").mkdir(parents=True)
     for number, name in enumerate(("0", "1", "2", "more/0")):
@@ -85,41 +84,28 @@ def killed(tiny_set, tmp_path_factory):
     config = tiny(tiny_set, folder / "run", epochs=3, batch_size=1, device="cpu")
     (folder / "config.json").write_text(json.dumps({"config": asdict(config)}))
     process = torchrun("-m", "retina_seg", "train", "--config", folder / "config.json", "--output", folder / "killed")
-    began = time.monotonic()
-    while not (folder / "killed" / LAST).exists():
-        assert process.poll() is None and time.monotonic() - began < 200
+    while not (folder / "killed" / LAST).exists():  # it is under way
+        assert process.poll() is None
         time.sleep(0.001)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    said = end(process)
-    assert len(ranks) == 2 and process.returncode and load_last(folder / "killed")["state"]["epoch"] < 3
-    return folder, said
-
-
-@pytest.fixture(scope="module")
-def folder(killed):
-    """That folder after `job`."""
-    process = torchrun(__file__, killed[0])
-    said = end(process)
+    assert "Signal 9" in end(process) and process.returncode  # all have ended
+    assert len(ranks) == 2 and load_last(folder / "killed")["state"]["epoch"] < 3
+    said = end(process := torchrun(__file__, folder))
     assert process.returncode == 0, said
-    return killed[0]
+    return folder
 
 
-def test_a_killed_process_ends_the_job_and_only_as_many_go_on(killed, capsys):
-    assert "Signal 9" in killed[1]
-    assert cli.main(["train", "--resume", str(killed[0] / "killed")]) == 2
-    assert "2 processes began this run, these are 1" in capsys.readouterr().err
-
-
-def test_the_run_of_the_killed_process_ends_as_one_that_was_not(folder):
+def test_a_run_goes_on_after_a_process_was_killed_with_as_many_and_ends_the_same(folder, capsys):
     assert same_weights(weights_of(folder / "killed"), weights_of(folder / "run"))
+    assert cli.main(["train", "--resume", str(folder / "killed")]) == 2
+    assert "2 processes began this run, these are 1" in capsys.readouterr().err
 
 
 def test_gradients_are_the_mean_of_both_processes(folder):
     model = network(seed=0)
     ((loss_of(model, 0) + loss_of(model, 1)) / 2).backward()
     expected = [parameter.grad for parameter in model.parameters()]
-    assert all(gradient.abs().max() > 1e-3 for gradient in expected)
     for rank in (0, 1):
         gradients = torch.load(folder / f"{rank}.pth", weights_only=True)
         torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
@@ -143,16 +129,13 @@ def test_two_processes_write_the_maps_that_one_would(folder):
     for name in files[0]:
         one, two = ((folder / kind / name).read_bytes() for kind in ("one", "two"))
         if name.name == "summary.csv":  # the seconds differ
-            one, two = (
-                [{**r, "seconds": ""} for r in csv.DictReader(text.decode().splitlines())] for text in (one, two)
-            )
+            one, two = ([{**row, "seconds": ""} for row in csv.DictReader(t.decode().split("\n"))] for t in (one, two))
         assert one == two, name
 
 
 def test_a_process_alone_is_its_own_world(monkeypatch, capsys):
-    model = nn.Linear(1, 1)
     with process_group() as world:
-        assert world == World(0, 1, 0, 1) and world.is_main and world.parallel(model, torch.device("cpu")) is model
+        assert world == World(0, 1, 0, 1) and world.is_main
         world.barrier()  # and does not wait
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")

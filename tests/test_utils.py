@@ -67,7 +67,7 @@ def test_small_things():
     times = [utils.epoch_time(*pair) for pair in ((0, 0), (10.0, 69.9), (5, 65), (0.5, 7325.0))]
     assert times == [(0, 0), (0, 59), (1, 0), (122, 4)]
     mixed = ["10", "9", "b2", "b10a", "b10", "a", "", "x007", "x7", "x" + "9" * 30, "é1", "1.png", "1"]
-    assert utils.natural_sort(mixed)[:5] == ["1", "1.png", "9", "10", ""]
+    assert utils.natural_sort(mixed)[:5] == ["", "1", "1.png", "9", "10"]
     assert [name for name in utils.natural_sort(mixed) if name[:1] == "b"] == ["b2", "b10", "b10a"]
     assert utils.natural_sort(reversed(mixed)) == utils.natural_sort(mixed)
     numbers = [utils.format_number(value, 2) for value in (0.005, -1.5, 2, None, math.nan, -math.inf)]

@@ -14,10 +14,7 @@ SHOWN = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
 
 
 def read_metrics(run: str | Path) -> dict[str, Any]:
-    """What `metrics.json` of the folder `run` (or the file itself) holds.
-
-    Raises `UserError`: there is none, or it is another thing.
-    """
+    """What `metrics.json` of the folder `run` (or the file itself) holds. Raises `UserError`: no scores."""
     path = Path(run) / "metrics.json" if Path(run).is_dir() else Path(run)
     value = read_json(path)
     if not _holds_scores(value):
@@ -40,11 +37,9 @@ def _holds_scores(value: dict[str, Any]) -> bool:
 
 
 def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str, score: str) -> dict[str, Any] | None:
-    """Mean difference (other - first) of `score` over the images that both runs scored, with its 95 % interval.
+    """Difference (other - first) of `score`: "mean" over "images", its "ci95", and how many of them are "better".
 
-    Returns:
-        {"images", "mean", "ci95", "better"} (how many images gained); None where protocols, datasets or images differ,
-        since a difference would then say nothing.
+    None where sizes, parts or images differ, since a difference would then say nothing.
     """
     if any(first["protocol"].get(key) != other["protocol"].get(key) for key in ("size", "part")):
         return None
@@ -59,19 +54,13 @@ def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str
 def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     """Compare the tested runs in the folders `runs`; the first is the reference of the differences.
 
-    Writes `comparison.csv` (a row a run, region and statistic) and `comparison.png` to `output`.
-
-    Returns:
-        The table as lines, for people.
-
-    Raises `UserError`: fewer than two runs, or one without scores.
+    Writes `comparison.csv` (a row a run, region and statistic) and `comparison.png` to `output`; returns lines for
+    people. Raises `UserError`: fewer than two runs, or one without scores.
     """
     if len(runs) < 2:
         raise UserError("compare needs two runs at least: retina-seg compare RUN RUN")
-    values = [read_metrics(run) for run in runs]
-    titles = _titles(runs)
-    output = create_dir(output)
-    width = max(30, *map(len, titles)) + 10
+    values, titles = [read_metrics(run) for run in runs], _titles(runs)
+    output, width = create_dir(output), max(30, *map(len, titles)) + 10
     lines, rows = [], []
     for region, heading in visualize.REGION_NAMES.items():
         lines.append(f"{heading + ', mean over images':<{width}}" + "".join(f"{name:>11}" for name in SHOWN))
@@ -84,13 +73,10 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
         for title, value in zip(titles[1:], values[1:], strict=True):
             pair = paired_differences(values[0], value, region, "f1")
             if pair is None:
-                lines.append(f"  {title} - {titles[0]}: scored on other images or sizes, no difference taken")
-                continue
-            low, high = pair["ci95"]
-            lines.append(
-                f"  {title} - {titles[0]}: F1 {pair['mean']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), "
-                f"better on {pair['better']} of {pair['images']} images"
-            )
+                text = "scored on other images or sizes, no difference taken"
+            else:
+                text = "F1 {mean:+.4f} (95 % interval {ci95[0]:+.4f} to {ci95[1]:+.4f}), better on {better} of {images} images"
+            lines.append(f"  {title} - {titles[0]}: {text.format(**pair or {})}")
         lines.append("")
     write_csv(output / "comparison.csv", ["run", "protocol", "region", "statistic", *SCORES], rows)
     visualize.save_figure(output / "comparison.png", visualize.comparison(titles, values))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from retina_seg.test import held_out_pairs
 from retina_seg.utils import UserError, create_dir, write_csv
 
 F1_GIVEN_AWAY = 0.0005  # at most, for a higher accuracy
+CHOICES = {"f1": "highest F1", "accuracy": f"highest accuracy within {F1_GIVEN_AWAY} of that F1"}
 SCORES = ("f1", "recall", "precision", "accuracy")
 Fold = tuple[str | Path, Sequence[Pair]]  # a run and the images that it held out
 
@@ -29,25 +30,20 @@ def held_out_folds(runs: Sequence[str | Path], data: str | Path) -> list[Fold]:
     Raises `UserError`: a run held out nothing, or an image that another run has held out too.
     """
     folds = [(run, held_out_pairs(run, data)) for run in runs]
-    counts = Counter(pair.name for _, pairs in folds for pair in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        holders = " and ".join(str(run) for run, pairs in folds if twice[0] in [pair.name for pair in pairs])
-        raise UserError(f"{holders}: both hold out {twice[0]}; give the folds of one draw (train --fold 0, 1, …)")
+    for (run, pairs), (other, others) in combinations(folds, 2):
+        if both := {pair.name for pair in pairs} & {pair.name for pair in others}:
+            how = "give the folds of one draw (train --fold 0, 1, …)"
+            raise UserError(f"{run} and {other}: both hold out {min(both)}; {how}")
     return folds
 
 
 def threshold_curves(
     folds: Sequence[Fold], protocol: str = "native", progress: bool = True, **options: Any
 ) -> dict[str, np.ndarray]:
-    """Scores by threshold, means over the images of all folds, in the protocol's region.
+    """Scores by threshold, means over the images of all `folds`, in the protocol's region.
 
-    Args:
-        folds: a run (as `Segmenter.load` takes it) and the pairs to score with it, each.
-        options: as `Segmenter` takes them; precision float32 unless given.
-
-    Returns:
-        "f1", "recall", "precision", "accuracy": (99,) float64 in [0, 1] for `metrics.THRESHOLDS`, NaN where no image
-        defines it. Raises `UserError` as `Segmenter.load` and `predict_pairs`.
+    Returns (99,) float64 in [0, 1] for `metrics.THRESHOLDS` by score (`SCORES`), NaN where no image defines it.
+    `options` are those of `Segmenter`; precision float32 unless given. Raises `UserError` as it and `predict_pairs`.
     """
     how = get_protocol(protocol)
 
@@ -62,10 +58,7 @@ def threshold_curves(
 
 
 def choose(curves: dict[str, np.ndarray]) -> dict[str, float]:
-    """Two thresholds out of `threshold_curves`, the lowest of equals.
-
-    "f1": where F1 is highest. "accuracy": where accuracy is, among those whose F1 lies within 0.0005 of that.
-    """
+    """Two thresholds out of `threshold_curves`, by name as `CHOICES` describes them; the lowest of equals."""
     f1, accuracy = (np.nan_to_num(curves[name], nan=-1.0) for name in ("f1", "accuracy"))
     careful = np.where(f1 >= f1.max() - F1_GIVEN_AWAY, accuracy, -1.0)
     return {"f1": float(THRESHOLDS[np.argmax(f1)]), "accuracy": float(THRESHOLDS[np.argmax(careful)])}
@@ -77,33 +70,23 @@ def best_on(run: str | Path, pairs: Sequence[Pair], device: str = "auto") -> flo
 
 
 def threshold(
-    runs: Sequence[str | Path],
-    data: str | Path,
-    output: str | Path,
-    protocol: str = "native",
-    progress: bool = True,
-    **options: Any,
+    runs: Sequence[str | Path], data: str | Path, output: str | Path, protocol="native", progress=True, **options: Any
 ) -> list[str]:
     """Choose on the images that `runs` held out; writes `thresholds.csv` (a row a threshold) and `thresholds.png`.
 
-    Returns:
-        The table as lines, for people. Raises `UserError` as `held_out_folds` and `threshold_curves`.
+    Returns lines for people. Raises `UserError` as `held_out_folds` and `threshold_curves`.
     """
     folds, region = held_out_folds(runs, data), visualize.REGION_NAMES[get_protocol(protocol).region]
     curves = threshold_curves(folds, protocol, progress, **options)
-    chosen, output = choose(curves), create_dir(output)
-    rows = [{"threshold": cut, **{n: curves[n][i] for n in SCORES}} for i, cut in enumerate(THRESHOLDS)]
-    write_csv(output / "thresholds.csv", ["threshold", *SCORES], rows)
-    marks = {f"highest F1: {chosen['f1']:.2f}": chosen["f1"]}
-    if chosen["accuracy"] != chosen["f1"]:
-        marks[f"highest accuracy at that F1: {chosen['accuracy']:.2f}"] = chosen["accuracy"]
+    output, chosen = create_dir(output), choose(curves)
+    rows = {cut: {"threshold": cut, **{n: curves[n][i] for n in SCORES}} for i, cut in enumerate(THRESHOLDS)}
+    write_csv(output / "thresholds.csv", ["threshold", *SCORES], rows.values())
     title = f"{sum(len(pairs) for _, pairs in folds)} held-out images, {protocol}, {region}"
     title += ", TTA" if options.get("tta") else ""
-    visualize.save_figure(output / "thresholds.png", visualize.threshold_chart(THRESHOLDS, curves, marks, title))
-    lines = [title, "threshold" + "".join(f"{name:>11}" for name in SCORES)]
-    remark = {chosen["accuracy"]: f"  highest accuracy within {F1_GIVEN_AWAY} of that F1", chosen["f1"]: "  highest F1"}
-    for number, row in enumerate(rows):
-        if number % 5 == 4 or row["threshold"] in remark:
-            numbers = "".join(f"{row[name]:>11.4f}" for name in SCORES)
-            lines.append(f"{row['threshold']:>9.2f}{numbers}{remark.get(row['threshold'], '')}")
-    return lines
+    lines, marks = {n: (THRESHOLDS, curves[n]) for n in SCORES}, {CHOICES[n]: cut for n, cut in chosen.items()}
+    figure = visualize.line_chart(lines, "threshold", "mean over images", marks, title=title)
+    visualize.save_figure(output / "thresholds.png", figure)
+    table = [title, "threshold" + "".join(f"{name:>11}" for name in SCORES)]
+    for name, cut in chosen.items():
+        table.append(f"{cut:>9.2f}" + "".join(f"{rows[cut][n]:>11.4f}" for n in SCORES) + f"  {CHOICES[name]}")
+    return table

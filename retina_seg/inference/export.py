@@ -28,15 +28,9 @@ CHECKED_SIZES = ((1, 16, 24), (2, 31, 17), (1, 50, 62))  # images, their height 
 def export(weights: str | Path, output: str | Path) -> float:
     """Write a network to the ONNX file `output`, whole or not at all; a file of that name is replaced.
 
-    Args:
-        weights: pretrained weights, a checkpoint file, or a run's folder.
-        output: the file, its name ending in .onnx; its folder is made.
-
-    Returns:
-        The largest difference in probability between onnxruntime and torch, on synthetic images of `CHECKED_SIZES`.
-
-    Raises:
-        UserError: weights that do not load, NaN, an unwritable file, missing packages, a difference that is too large.
+    `weights` are a pretrained name, a checkpoint file or a run's folder. Returns the largest difference in probability
+    between onnxruntime and torch, on synthetic images of `CHECKED_SIZES`. Raises `UserError`: weights that do not load,
+    NaN, a file that is unwritable or not .onnx, missing packages, a difference that is too large.
     """
     checkpoint, output = find_weights(weights), Path(output)
     segmenter = Segmenter.load(checkpoint, device="cpu", precision="float32")
@@ -58,8 +52,8 @@ def export(weights: str | Path, output: str | Path) -> float:
 def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
     """What a program needs to use the network: text by name. `weights` is its `checkpoint.weights_id`.
 
-    "frame" is "resize", with "height" and "width" (pixels), or "fov", with "fov_diameter", "largest_diameter" (pixels,
-    `transforms.FovFrame`) and "margin" (pixels of black around the box of the field of view).
+    "frame" is "resize" or "fov" (`transforms.FovFrame`); the sizes are pixels, "margin" of black around the box of the
+    field of view.
     """
     frame, stride = segmenter.frame, segmenter.model.stride
     if isinstance(frame, ResizeFrame):

@@ -21,16 +21,15 @@ from retina_seg.utils import UserError
 class Protocol:
     """How images are scored. Scores are given over the frame and in the field of view, whatever `region` is."""
 
-    name: str
     size: tuple[int, int] | None  # (height, width) that image and mask are resized to; None: the image's own
     region: str  # "frame" or "fov" (field of view): what thresholds are chosen on
     everywhere: bool  # whether the prediction is kept outside the field of view; else it is 0 there
-    threshold: float | None = None  # the protocol's own; None: the checkpoint's
+    threshold: float | None  # the protocol's own; None: the checkpoint's
 
 
 PROTOCOLS = {
-    "notebook": Protocol("notebook", (512, 512), "frame", everywhere=True, threshold=0.5),  # aspect ratio not kept
-    "native": Protocol("native", None, "fov", everywhere=False),
+    "notebook": Protocol((512, 512), "frame", everywhere=True, threshold=0.5),  # aspect ratio not kept
+    "native": Protocol(None, "fov", everywhere=False, threshold=None),
 }
 
 
@@ -60,9 +59,12 @@ class Sample:
 
 
 def predict_pairs(
-    segmenter: Segmenter, pairs: Iterable[Pair], protocol: Protocol, then: Callable[[Sample], Any] | None = None
+    segmenter: Segmenter,
+    pairs: Iterable[Pair],
+    protocol: Protocol,
+    then: Callable[[Sample], Any] = lambda sample: sample,
 ) -> Iterator[Any]:
-    """The `Sample` of every pair, in order, several at a time in threads; or `then(sample)`, worked out there too.
+    """`then` of the `Sample` of every pair, in order, worked out several at a time in threads.
 
     Raises `UserError`: a file that cannot be read, sizes that differ; as `Segmenter`.
     """
@@ -84,8 +86,7 @@ def predict_pairs(
         except UserError as error:
             raise UserError(f"{pair.image}: {error}") from None
         seconds = time.perf_counter() - start
-        sample = Sample(pair.name, image, mask, fov, second[0] if second else None, probability, seconds)
-        return sample if then is None else then(sample)
+        return then(Sample(pair.name, image, mask, fov, second[0] if second else None, probability, seconds))
 
     with memory_kept():
         yield from map_threads(one, pairs, segmenter.device)

@@ -26,8 +26,7 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
 
     Where `destination` is there already, what was written is moved into it.
 
-    Raises:
-        UserError: `destination` is a file, or holds more than a README.md; or it cannot be written.
+    Raises `UserError`: `destination` is a file, or holds more than a README.md; or it cannot be written.
     """
     _check_free(destination)
     final = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle

@@ -73,8 +73,7 @@ class SetReport:
 def check_set(data: str | Path, progress: bool = True) -> SetReport:
     """Read every file of the dataset at `data`, a folder in the Data1 layout or one that holds it.
 
-    Raises:
-        UserError: there is no such dataset. Whatever is wrong inside one goes into the report.
+    Raises `UserError`: there is no such dataset. Whatever is wrong inside one goes into the report.
     """
     report = SetReport(find_set(data))
     prints: list[tuple[str, Path, str, np.ndarray]] = []  # of each readable image: part, file, photo, fingerprint

@@ -178,9 +178,6 @@ def _in_fours(images: dict[str, Path]) -> bool:
     return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
 
 
-# --------------------------------------------------------------------------------------------------- files to arrays
-
-
 def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """An image (H, W, 3) uint8 RGB and its mask (H, W) uint8, 0 to 255; a mask of 0/1 is taken as 0/255.
 

@@ -113,8 +113,7 @@ class RawImage:
 def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
     """The images of the set at `source`, or up to two folders below it, in natural order, those for training first.
 
-    Raises:
-        UserError: no such folder, it holds no such set, or several; an image without its mask.
+    Raises `UserError`: no such folder, it holds no such set, or several; an image without its mask.
     """
     source = Path(source)
     if not source.is_dir():
@@ -192,8 +191,7 @@ def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
 def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
     """List raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`, paths in order, paired by their number.
 
-    Raises:
-        UserError: `path` is not DRIVE, or an image has no mask.
+    Raises `UserError`: `path` is not DRIVE, or an image has no mask.
     """
     images = list_raw(SETS["drive"], path)
     train, test = ([image.files for image in images if image.part == part] for part in ("train", "test"))
@@ -212,8 +210,7 @@ def augment_data(
     k is 0 for the image itself, 1 mirrored left-right, 2 mirrored top-bottom, 3 rotated by up to 45 degrees; without
     `augment` only 0 is written. The angles are drawn by `seed`.
 
-    Raises:
-        UserError: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
+    Raises `UserError`: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
     """
     if len(images) != len(masks):
         raise UserError(f"{len(images)} images but {len(masks)} masks: every image needs one mask")
@@ -305,9 +302,8 @@ def prepare_set(
         split: "usual", or "train" or "test" to put every image into that part.
         seed: of the angles of the rotated variants.
 
-    Raises:
-        UserError: an unknown set, size or split; `source` is missing or not that set; an image without its mask; files
-            that cannot be read or differ in size; `destination` is not empty or lies inside `source`.
+    Raises `UserError`: an unknown set, size or split; `source` is missing or not that set; an image without its mask;
+    files that cannot be read or differ in size; `destination` is not empty or lies inside `source`.
     """
     raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
     if raw is None:

@@ -58,8 +58,7 @@ def synthetic_image(seed: int, height: int = 512, width: int = 512) -> Synthetic
         seed: any integer from 0 up; each is another eye, camera and exposure.
         height, width: size of the image in pixels, each from 64 to 8192.
 
-    Raises:
-        UserError: a seed or size out of range.
+    Raises `UserError`: a seed or size out of range.
     """
     if seed < 0 or not MIN_SIZE <= min(height, width) <= max(height, width) <= MAX_SIZE:
         needed = f"the seed must be 0 or more, each side {MIN_SIZE} to {MAX_SIZE} pixels"
@@ -93,8 +92,7 @@ def write_set(
 
     No image is in both parts, nor in a set of another `seed`. `size` is (height, width). Whole or not at all.
 
-    Raises:
-        UserError: `destination` is a file or not empty, or cannot be written; a count, size or seed out of range.
+    Raises `UserError`: `destination` is a file or not empty, or cannot be written; a count, size or seed out of range.
     """
     if not (0 <= train <= TEST_SEEDS and 0 <= test <= TEST_SEEDS):
         raise UserError(f"--train {train}, --test {test}: both must be between 0 and {TEST_SEEDS}")
