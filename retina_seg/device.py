@@ -160,15 +160,7 @@ def git_commit() -> str | None:
 
 def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """What a figure depends on besides its config: versions, device, precision, threads, commit."""
-    packages = (
-        "torch",
-        "torchvision",
-        "numpy",
-        "opencv-python-headless",
-        "albumentations",
-        "scikit-learn",
-        "scikit-image",
-    )
+    packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "scikit-image")
     versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,7 +1,6 @@
-"""The field of view: the lit, round part of a fundus image, found where a dataset gives no mask for it.
+"""The field of view: the lit disc of a fundus image, found where a dataset gives no mask for it.
 
-A fundus camera lights a disc; the rest of the frame is black and holds nothing to segment or to score. The disc's
-diameter in pixels is also the one measure of scale that every image carries.
+The rest of the frame is black: nothing to segment or to score. The disc's diameter in pixels is the image's scale.
 """
 
 from __future__ import annotations
@@ -15,17 +14,10 @@ BLACK = 8  # grey levels: an image that is nowhere brighter shows nothing
 
 
 def find_fov(image: np.ndarray) -> np.ndarray:
-    """The field of view of `image`.
+    """The field of view (H, W) bool of `image` (H, W, 3) uint8 RGB; all False for a black image.
 
-    The surround is as dark as the corners. The largest part that is clearly brighter is taken, and its convex hull: a
-    field of view is convex, dark patches at its rim belong to it. Where the corners are lit there is no visible border,
-    and the whole frame is the field of view.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-
-    Returns:
-        (H, W) bool; all False for a black image.
+    The surround is as dark as the corners. The result is the convex hull of the largest part that is clearly brighter:
+    dark patches at the rim belong to the disc. Where the corners are lit, it is the whole frame.
     """
     height, width = image.shape[:2]
     scale = min(1.0, DETECTION_SIDE / max(height, width))
@@ -49,7 +41,7 @@ def find_fov(image: np.ndarray) -> np.ndarray:
     ends = largest[rows].argmax(axis=1), largest.shape[1] - 1 - largest[rows, ::-1].argmax(axis=1)
     pixels = np.concatenate([np.stack([column, rows], axis=1) for column in ends])
     squares = np.concatenate([pixels + [x, y] for x in (-0.5, 0.5) for y in (-0.5, 0.5)]).astype(np.float32)
-    hull = cv2.convexHull(squares).reshape(-1, 2).astype(float)
+    hull = cv2.convexHull(squares)[:, 0].astype(float)
     return _fill_convex((hull + 0.5) * [width / small_size[0], height / small_size[1]] - 0.5, height, width)
 
 
@@ -86,10 +78,8 @@ def _surround_level(light: np.ndarray) -> float:
 
 def fov_box(fov: np.ndarray) -> tuple[int, int, int, int]:
     """The box (top, left, bottom, right), ends exclusive, around the True pixels of `fov` (H, W); the frame if none."""
-    rows, columns = np.flatnonzero(fov.any(axis=1)), np.flatnonzero(fov.any(axis=0))
-    if not rows.size:
-        return 0, 0, fov.shape[0], fov.shape[1]
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+    left, top, width, height = cv2.boundingRect(fov.astype(np.uint8))
+    return (top, left, top + height, left + width) if width else (0, 0, *fov.shape)
 
 
 def fov_diameter(fov: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Image files in and out: decoded within bounds, upright, as plain arrays; written whole or not at all.
 
-Images are RGB inside the package; only the networks, which follow the original, are fed OpenCV's BGR.
+Images are RGB; only the networks, which follow the original, are fed OpenCV's BGR.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pg
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP")
+_REASONS = {
+    MemoryError: "is too large for the memory of this machine; scale the image down",
+    Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
+    Image.UnidentifiedImageError: "is not an image that can be read; save it as an 8-bit PNG or JPEG",
+    PermissionError: "may not be read; check its permissions",
+}
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The decoder of `path` with its header read and its size checked; anything it raises becomes a `UserError`."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: is not a regular file")
+        raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB; give a smaller file")
         source: Path | io.BytesIO = path
         if path.suffix.lower() == ".gz":  # STARE ships im0001.ppm.gz
             with gzip.open(path) as packed:
-                data = packed.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
+                source = io.BytesIO(packed.read(MAX_BYTES + 1))
+            if source.getbuffer().nbytes > MAX_BYTES:
                 raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; give a smaller file")
-            source = io.BytesIO(data)
         with Image.open(source, formats=_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
@@ -48,23 +52,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
-    except MemoryError:
-        raise UserError(f"{path}: is too large for the memory of this machine; scale the image down") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: has more than {MAX_PIXELS:,} pixels; scale the image down") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: is not an image that can be read; save it as an 8-bit PNG or JPEG") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read; check its permissions") from None
     except Exception as error:  # decoders of broken bytes raise anything
-        raise UserError(f"{path}: is damaged or cut short ({type(error).__name__}: {str(error)[:80]})") from None
+        damaged = f"is damaged or cut short ({type(error).__name__}: {str(error)[:80]})"
+        why = next((why for kind, why in _REASONS.items() if isinstance(error, kind)), damaged)
+        raise UserError(f"{path}: {why}") from None
 
 
-def _to_8_bit(image: Image.Image, path: Path, file_format: str | None) -> Image.Image:
-    """16-bit grey to 8 bits by its high byte; other deep formats are refused."""
+def _upright_8_bit(image: Image.Image, path: str | Path) -> Image.Image:
+    """The image turned by its EXIF orientation; 16-bit grey by its high byte. Raises `UserError`: 32 bits a pixel."""
+    file_format, image = image.format, ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+        return Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise UserError(f"{path}: has 32 bits a pixel; save it as an 8-bit or 16-bit image")
     return image
@@ -73,32 +71,25 @@ def _to_8_bit(image: Image.Image, path: Path, file_format: str | None) -> Image.
 def read_image(path: str | Path) -> np.ndarray:
     """Decode a fundus image: (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
-    Grey becomes three equal channels, 16 bits become 8, transparency is laid on black, of several frames the first is
-    taken.
+    Grey becomes three equal channels, 16 bits become 8, transparency is laid on black; of several frames, the first.
 
     Raises `UserError`: no such file, not an image, damaged, too large, 32 bits a pixel.
     """
-    path = Path(path)
-    with _opened(path) as image:
-        image = _to_8_bit(ImageOps.exif_transpose(image), path, image.format)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
+    with _opened(path) as opened:
+        image = _upright_8_bit(opened, path)
+        if image.has_transparency_data:
             black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-            image = Image.alpha_composite(black, image)
+            image = Image.alpha_composite(black, image.convert("RGBA"))
         return np.array(image.convert("RGB"))
 
 
 def read_grey(path: str | Path) -> np.ndarray:
-    """Decode a mask or map as stored: (H, W) uint8 grey as a viewer shows it.
+    """Decode a mask or map as stored: (H, W) uint8 grey, upright. Raises `UserError` as `read_image`.
 
-    Palette colours are looked up before they are turned to grey: some public sets store inverted palettes, so raw
-    indices mean nothing.
-
-    Raises `UserError`: as `read_image`.
+    A palette is looked up: some public sets store inverted ones, so raw indices mean nothing.
     """
-    path = Path(path)
     with _opened(path) as image:
-        return np.array(_to_8_bit(ImageOps.exif_transpose(image), path, image.format).convert("L"))
+        return np.array(_upright_8_bit(image, path).convert("L"))
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -109,8 +100,8 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) from the header alone, as stored (before EXIF rotation). Raises `UserError` as `read_image`."""
-    with _opened(Path(path)) as image:
-        return image.size[1], image.size[0]
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -129,10 +120,14 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         temporary.write_bytes(content)
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The image files in `folder` (not below it), hidden ones left out, in natural order (2 before 10)."""
+def visible(folder: str | Path) -> list[Path]:
+    """What is in `folder`, hidden names left out, in order of name. Raises `UserError`: it cannot be listed."""
     try:
-        files = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); give a folder of images") from None
-    return natural_sort(path for path in files if not path.name.startswith(".") and path.is_file())
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); give a folder that you may read") from None
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files in `folder` (not below it) in natural order (2 before 10), hidden ones left out. Raises as `visible`."""
+    return natural_sort(path for path in visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

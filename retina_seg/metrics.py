@@ -1,7 +1,6 @@
 """Scores of a segmentation: counts first, then every score a function of the counts; inside a region or over the frame.
 
-Symbols: tp true positives (vessel pixels found), fp false positives, fn false negatives, tn true negatives. An undefined
-score (no vessel in the mask, no background in the region) is NaN here and null in `metrics.json`, never 0.
+An undefined score (no vessel in the mask, no background in the region) is NaN here and null in `metrics.json`, never 0.
 
 The ranking scores (AUC, average precision) of one image are exact. Pooled over images they come from a histogram, so
 that memory does not grow with the dataset: on 1.3 million synthetic pixels AUC was off by 4e-7, average precision by 2e-6.
@@ -29,7 +28,7 @@ class _Additive:
 
 @dataclass(frozen=True)
 class Counts(_Additive):
-    """Pixels: true positives (tp), false positives (fp), false negatives (fn), true negatives (tn). Counts add up."""
+    """Pixels: true positives (vessel found), false positives, false negatives, true negatives. Counts add up."""
 
     tp: int = 0
     fp: int = 0
@@ -49,8 +48,7 @@ def count(mask: np.ndarray, predicted: np.ndarray, region: np.ndarray | None = N
             raise TypeError(f"expected bool arrays, got {array.dtype}")
     if region is not None:
         mask, predicted = mask[region], predicted[region]
-    vessel, called = int(np.count_nonzero(mask)), int(np.count_nonzero(predicted))
-    tp = int(np.count_nonzero(mask & predicted))
+    vessel, called, tp = (int(np.count_nonzero(array)) for array in (mask, predicted, mask & predicted))
     return Counts(tp, called - tp, vessel - tp, mask.size - vessel - called + tp)
 
 
@@ -141,10 +139,8 @@ def centre_line(vessels: np.ndarray) -> np.ndarray:
 
 def cldice(lines: LineCounts) -> float:
     """The harmonic mean of the two shares; NaN where neither has a centre line, 0 where only one has."""
-    if not lines.predicted and not lines.mask:
-        return math.nan
     if not lines.predicted or not lines.mask:
-        return 0.0
+        return 0.0 if lines.predicted or lines.mask else math.nan
     precise, sensitive = lines.predicted_inside / lines.predicted, lines.mask_inside / lines.mask
     return 2 * precise * sensitive / (precise + sensitive) if precise + sensitive else 0.0
 
@@ -159,7 +155,7 @@ class ImageScores:
 
     counts: Counts
     lines: LineCounts
-    ranking: RankingHistogram | None  # None: there were no probabilities
+    ranking: RankingHistogram  # empty where there were no probabilities
     scores: dict[str, float]
 
 
@@ -171,18 +167,16 @@ def score_image(
     `mask` and `predicted` are bool, `probability` float in [0, 1]; None (a human's mask) leaves the ranking scores NaN.
     Centre lines are those of the whole frame, counted where the region is.
     """
-    line_predicted, line_mask = centre_line(predicted), centre_line(mask)
-    results = {}
+    line_predicted, line_mask, results = centre_line(predicted), centre_line(mask), {}
     for name, region in regions.items():
         inside = np.ones_like(mask) if region is None else region
         counts = count(mask, predicted, region)
         pieces = (line_predicted, line_predicted & mask, line_mask, line_mask & predicted)
         lines = LineCounts(*(int(np.count_nonzero(piece & inside)) for piece in pieces))
-        ranking, ranked = None, (math.nan, math.nan)
+        ranking, ranked = RankingHistogram(), (math.nan, math.nan)
         if probability is not None:
-            pixels = mask[inside], probability[inside]
-            ranking, ranked = RankingHistogram(), ranking_scores(*pixels)
-            ranking.add(*pixels)
+            ranking.add(mask[inside], probability[inside])
+            ranked = ranking_scores(mask[inside], probability[inside])
         results[name] = ImageScores(counts, lines, ranking, _scores(counts, ranked, lines))
     return results
 
@@ -197,7 +191,7 @@ class SetScores:
     def ranking(self) -> RankingHistogram:
         """The pixels of all images, pooled."""
         pooled = RankingHistogram()
-        pooled.counts += sum(image.ranking.counts for image in self.images if image.ranking is not None)
+        pooled.counts += sum(image.ranking.counts for image in self.images)
         return pooled
 
     def summary(self) -> dict[str, dict]:
@@ -214,14 +208,13 @@ class SetScores:
         }
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` under resampling with replacement; (NaN, NaN) for fewer than two."""
+def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean of `values` by 10,000 draws with replacement; (NaN, NaN) for fewer than two."""
     values = np.asarray(values, float)
     if values.size < 2:
         return math.nan, math.nan
-    chosen = np.random.default_rng(seed).integers(values.size, size=(draws, values.size))
-    low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    chosen = np.random.default_rng(seed).integers(values.size, size=(10_000, values.size))
+    return tuple(np.percentile(values[chosen].mean(axis=1), [2.5, 97.5]).tolist())
 
 
 THRESHOLDS = np.arange(1, 100) / 100

@@ -25,10 +25,7 @@ def mask_parse(mask: np.ndarray) -> np.ndarray:
 
 
 def strip(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The original's strip: image (H, W, 3) uint8 RGB | mask | prediction, both (H, W) uint8, with 10 px of grey between.
-
-    Returns (H, 3 W + 20, 3) uint8 RGB.
-    """
+    """The original's: image (H, W, 3) RGB | mask (H, W) | prediction (H, W), 10 px of grey between: (H, 3 W + 20, 3); uint8."""
     line = np.full((image.shape[0], 10, 3), 128, np.uint8)
     return np.concatenate([image, line, mask_parse(mask), line, mask_parse(prediction)], axis=1)
 
@@ -69,12 +66,11 @@ def contact_sheet(
     from torchvision.utils import make_grid
 
     images = [shrink(image, width) for image in images]
-    height, tiles = max(len(image) for image in images), []
-    for image, caption in zip(images, captions, strict=True):
-        tile = np.full((height + 24, width, 3), 255, np.uint8)
+    tiles = np.full((len(images), max(map(len, images)) + 24, width, 3), 255, np.uint8)
+    for tile, image, caption in zip(tiles, images, captions, strict=True):
         tile[24 : 24 + len(image), : image.shape[1]] = image
         cv2.putText(tile, short(caption), (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
-        tiles.append(torch.from_numpy(tile).permute(2, 0, 1))
+    tiles = torch.from_numpy(tiles).permute(0, 3, 1, 2)
     grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
     return grid.permute(1, 2, 0).contiguous().numpy()
 
@@ -108,7 +104,7 @@ def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     epochs = [row["epoch"] for row in history]
     validated = any(math.isfinite(row["validation_loss"]) for row in history)
     figure, axes = new_figure(2 if validated else 1)
-    style = _dots(epochs)
+    style = {"marker": "o" if len(epochs) < 30 else None, "ms": 3}
     axes[0].plot(epochs, [row["train_loss"] for row in history], label="training", **style)
     if validated:
         axes[0].plot(epochs, [row["validation_loss"] for row in history], label="validation", **style)
@@ -132,17 +128,12 @@ def line_chart(
     """`lines`, name -> (x values, y values), and upright ones at `marks`, name -> x: a matplotlib figure."""
     figure, (axis,) = new_figure(width=6.4)
     for name, (x, y) in lines.items():
-        axis.plot(x, y, label=name, **_dots(x))
+        axis.plot(x, y, marker="o" if len(x) < 30 else None, ms=3, label=name)
     for number, (name, x) in enumerate((marks or {}).items()):
         axis.axvline(x, color="0.4", lw=1, ls=("--", ":")[number % 2], label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=ylim, title=title)
     axis.legend(frameon=False)
     return figure
-
-
-def _dots(x: Sequence[float]) -> dict[str, Any]:
-    """The style of a line with few points: one point alone would not be seen."""
-    return {"marker": "o", "ms": 3} if len(x) < 30 else {}
 
 
 def ranking_curves(rankings: dict[str, Any]) -> Any:
@@ -183,10 +174,10 @@ def comparison(titles: Sequence[str], values: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def short(title: str, length: int = 40) -> str:
-    """A file's or folder's name as an image can show it: printable, its middle left out where it is too long."""
+def short(title: str) -> str:
+    """A file's or folder's name as an image can show it: printable, at most 40 characters, else its middle left out."""
     title = "".join(letter if letter.isprintable() else "?" for letter in title)
-    return title if len(title) <= length else f"{title[: length // 2 - 3]}...{title[-(length // 2) :]}"
+    return title if len(title) <= 40 else f"{title[:17]}...{title[-20:]}"
 
 
 def from_tensor(tensor: Any) -> np.ndarray:
@@ -198,12 +189,10 @@ def from_tensor(tensor: Any) -> np.ndarray:
 def gallery(
     images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4, width: int = 200, colours: bool = False
 ) -> Any:
-    """Images in rows with a title above each: a matplotlib figure.
+    """Images in rows, `width` pixels each on the screen, with a title above: a matplotlib figure.
 
-    Args:
-        images: (H, W, 3) uint8 RGB, or (H, W): uint8, bool, or float in [0, 1]; of about the same shape.
-        width: of an image on the screen, pixels.
-        colours: whether a legend names the colours of `error_overlay`.
+    `images` are (H, W, 3) uint8 RGB, or (H, W): uint8, bool, or float in [0, 1]; of about the same shape.
+    `colours`: whether a legend names the colours of `error_overlay`.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -227,15 +216,12 @@ def gallery(
     return figure
 
 
-def heat_maps(image: np.ndarray, title: str, maps: dict[str, np.ndarray], width: int = 190) -> Any:
-    """An image (H, W, 3) uint8 RGB, then `maps` (title -> (h, w) float) of it in colours: a `gallery` of one row.
-
-    A map's colours run over the middle 98 % of its values, which stand in its title.
-    """
+def heat_maps(image: np.ndarray, title: str, maps: dict[str, np.ndarray]) -> Any:
+    """A `gallery` row: an image (H, W, 3) uint8 RGB, then `maps` of it, title -> (h, w) float, in colours."""
     images, titles = [image], [title]
     for name, values in maps.items():
-        low, high = np.percentile(values, [1, 99])
+        low, high = np.percentile(values, [1, 99])  # what the colours run over
         level = np.clip((values - low) / max(high - low, 1e-12) * 255, 0, 255).astype(np.uint8)
         images.append(cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB))
         titles.append(f"{name}\n{low:.2g} to {high:.2g}")
-    return gallery(images, titles, columns=len(images), width=width)
+    return gallery(images, titles, columns=len(images), width=190)

@@ -170,9 +170,9 @@ def test_synth_then_check(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
+    ("train --data {set} --output {out} --device warp", "--device warp"),
     ("train --data {folder}/nowhere --output {out}", "nowhere: no such folder"),
     ("train --data {empty} --output {out}", "no train/image or test/image folder"),
-    ("train --data {set} --output {out} --epochs 0", "--epochs 0"),
     ("train --data {set} --output {file}", "mine.pth: is a file"),
     ("train --preset fast --config {file}", "--preset and --config: give one of them"),
     ("train --resume {folder}/nowhere", "config.json: cannot be read"),

@@ -153,7 +153,7 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_weights(config, tmp_
 @pytest.mark.parametrize("number", range(10))
 def test_a_run_out_of_disk_says_so_keeps_what_was_saved_and_goes_on_with_room(config, tmp_path, whole, number):
     rng, folder = random.Random(number), tmp_path / "run"
-    step = rng.randint(STEPS_AN_EPOCH + 1, 2 * STEPS_AN_EPOCH)
+    step = rng.randint(STEPS_AN_EPOCH + 1, STEPS - STEPS_AN_EPOCH)
     with Training("--config", config, "--output", folder) as run:
         run.wait_for(lambda: run.step >= step)
         # a file that may not grow beyond some byte stands for a full disk

@@ -1,6 +1,5 @@
-"""Speed of the original (the baseline) and of this package, measured in turns on one machine.
+"""Speed of the original (the baseline) and of this package, in turns, so that a machine that slows down slows all.
 
-All that do a task take turns, round by round, so that a machine that slows down slows all of them; the first round warms up.
 The baseline is the original's notebooks: float32, contiguous tensors, batch size 1 in evaluation and 2 in training, eager,
 a `.item()` at every step, scores by five passes of scikit-learn. It runs in a process of its own, with memory as the
 system's allocator has it; "baseline, memory kept" adds `device.memory_kept` alone. Its code is written anew, not copied.
@@ -62,14 +61,14 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a forward pass, a training step, a whole test and the segmentation of a folder; write `output`/bench.json.
 
-    Returns what the file holds: "rows" (`measure`), "networks" (name -> "parameters", "gmacs" at `size` x `size`), "size",
-    "environment". Raises `UserError`: a number that cannot be, no such checkpoint, dataset or device.
-
     Args:
         rounds: how often each is measured; test and folder three times at most.
         images, size: how many images test and folder have, and the side of synthetic ones, pixels.
-        original, fast, data: weights as `checkpoint.load_model` takes them, a dataset; None: random weights, synthetic images.
-        device: "auto" measures the processor, and the first GPU too where there is one. precision: of all but the baseline.
+        original, fast, data: weights as `load_model` takes them, a dataset; None: random weights, synthetic images.
+        device: "auto" measures the processor, and the first GPU too where there is one. precision: not the baseline's.
+
+    Returns what the file holds, "rows" as `measure` gives them, "gmacs" at `size` x `size`.
+    Raises `UserError`: a number that cannot be, no such checkpoint, dataset or device.
     """
     if min(rounds, images) < 1 or size < 64 or size % 8:
         raise UserError(f"--rounds {rounds}, --images {images}: from 1 on; --size {size}: a multiple of 8 from 64 on")
@@ -98,7 +97,7 @@ def bench(
 def measure(
     task: str, of: Segmenter, calls: dict[str, Call], units: int, rounds: int, progress: bool, baseline: Any = None
 ) -> Rows:
-    """A row a call: median and quartiles over the rounds of its seconds a unit (image), with the device and precision of `of`.
+    """A row a call: median and quartiles over the rounds, the first left out, of its seconds a unit (image).
 
     "ratio" is the median of the baseline, made by `baseline` in a process of its own, by the row's own; None without it.
     """
@@ -112,8 +111,8 @@ def measure(
             took = timers[name]()
             if number:
                 seconds[name].append(took / units)
-    labels = {"rounds": rounds, "device": str(of.device), "precision": str(of.precision).removeprefix("torch.")}
-    rows = []
+    rows, precision = [], str(of.precision).removeprefix("torch.")
+    labels = {"rounds": rounds, "device": str(of.device), "precision": precision}
     for name, values in seconds.items():
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
         ratio = float(np.median(seconds[BASELINE])) / median if baseline else None
@@ -126,7 +125,7 @@ def _set_up(baseline: Callable[[], Call]) -> None:
 
 
 def timed(call: Call | None = None) -> float:
-    """Seconds of `call`. It runs twice, and the second time counts: the first one finds another's data in the caches."""
+    """Seconds of `call` the second time: the first one finds another's data in the caches."""
     call = call or _BASELINE[0]
     call()
     start = time.perf_counter()
@@ -199,7 +198,7 @@ def baseline_step(network: nn.Module, images: torch.Tensor, masks: torch.Tensor,
 
 
 def files(segmenters: Segmenters, pairs: list[Pair], scratch: Path, rounds: int, progress: bool) -> Rows:
-    """A whole test, files to scores and pictures (more of both where optimised), and a folder's segmentation."""
+    """A whole test, files to scores and images (more of both where optimised), and a folder's segmentation."""
     paths, same, tests, folders = list(dict.fromkeys(pair.image for pair in pairs)), segmenters[SAME], {}, {}
     for name, segmenter in segmenters.items():
         tests[name] = partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
@@ -209,8 +208,8 @@ def files(segmenters: Segmenters, pairs: list[Pair], scratch: Path, rounds: int,
     return rows + measure("predict a folder, an image", same, folders, len(paths), rounds, progress)
 
 
-def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: torch.device, size: int = 512) -> Call:
-    """The original's test: an image at a time, five passes of scikit-learn, a strip written; gives the five scores an image."""
+def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: torch.device) -> Call:
+    """The original's test at 512x512: five passes of scikit-learn an image, a strip written; gives the five scores an image."""
     from sklearn.metrics import accuracy_score, f1_score, jaccard_score, precision_score, recall_score
 
     # zero_division: the same 0 as by default, without a warning
@@ -222,8 +221,8 @@ def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: t
         for pair in pairs:
             image = cv2.imread(str(pair.image), cv2.IMREAD_COLOR)
             mask = cv2.imread(str(pair.mask), cv2.IMREAD_GRAYSCALE)
-            if mask.shape != (size, size):
-                image, mask = (cv2.resize(array, (size, size)) for array in (image, mask))
+            if mask.shape != (512, 512):
+                image, mask = (cv2.resize(array, (512, 512)) for array in (image, mask))
             x = torch.from_numpy(np.transpose(image, (2, 0, 1))[None].astype(np.float32) / 255).to(device)
             y = torch.from_numpy(mask[None, None].astype(np.float32) / 255)
             with torch.no_grad():
@@ -254,7 +253,7 @@ def table(value: dict[str, Any]) -> list[str]:
         low, middle, high = (f"{1000 * t:.1f}" for t in (row["quartiles"][0], row["median"], row["quartiles"][1]))
         ratio = f"{row['ratio']:>9.1f}x" if row["ratio"] else ""
         lines += [title] * (title not in lines) + [f"  {row['name']:<24}{middle:>10} ms  ({low} to {high}){ratio}"]
-    for name, network in value["networks"].items():
-        counts = f"{network['parameters']:,} parameters, {network['gmacs']:.1f} GMACs"
+    for name, of in value["networks"].items():
+        counts = f"{of['parameters']:,} parameters, {of['gmacs']:.1f} GMACs"
         lines.append(f"{name}: {counts} at {value['size']}x{value['size']}")
     return [*lines, f"{value['environment']['processor']}; {value['environment']['threads']} threads"]

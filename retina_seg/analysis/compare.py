@@ -16,24 +16,19 @@ SHOWN = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
 def read_metrics(run: str | Path) -> dict[str, Any]:
     """What `metrics.json` of the folder `run` (or the file itself) holds. Raises `UserError`: no scores."""
     path = Path(run) / "metrics.json" if Path(run).is_dir() else Path(run)
-    value = read_json(path)
-    if not _holds_scores(value):
-        raise UserError(f"{path}: holds no scores; write them with retina-seg test")
-    return value
-
-
-def _holds_scores(value: dict[str, Any]) -> bool:
-    """Whether what is read from `value` here and in the figure is there, and numbers (None: undefined)."""
-    try:
+    value, numbers = read_json(path), []
+    try:  # what is read here and in the figure: numbers, or None where undefined
         value["protocol"].get("size")
-        numbers = [image[region]["f1"] for image in value["images"] for region in visualize.REGION_NAMES]
+        named = {image["name"] for image in value["images"]}
         for region in visualize.REGION_NAMES:
+            numbers += [image[region]["f1"] for image in value["images"]]
             numbers += [value[region][what].get(name) for what in ("mean", "std", "pooled") for name in SCORES]
             numbers += [*value[region]["ci95"]["f1"], value[region]["mean"]["f1"]]
-        named = {image["name"] for image in value["images"]}
     except (KeyError, TypeError, AttributeError):
-        return False
-    return bool(named) and all(number is None or isinstance(number, (int, float)) for number in numbers)
+        named = set()
+    if not named or not all(number is None or isinstance(number, (int, float)) for number in numbers):
+        raise UserError(f"{path}: holds no scores; write them with retina-seg test")
+    return value
 
 
 def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str, score: str) -> dict[str, Any] | None:
@@ -72,11 +67,11 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
             rows += [{**run, "statistic": what, **value[region][what]} for what in ("mean", "std", "pooled")]
         for title, value in zip(titles[1:], values[1:], strict=True):
             pair = paired_differences(values[0], value, region, "f1")
-            if pair is None:
-                text = "scored on other images or sizes, no difference taken"
-            else:
-                text = "F1 {mean:+.4f} (95 % interval {ci95[0]:+.4f} to {ci95[1]:+.4f}), better on {better} of {images} images"
-            lines.append(f"  {title} - {titles[0]}: {text.format(**pair or {})}")
+            text = "scored on other images or sizes, no difference taken"
+            if pair is not None:
+                interval, better = "{:+.4f} to {:+.4f}".format(*pair["ci95"]), f"{pair['better']} of {pair['images']}"
+                text = f"F1 {pair['mean']:+.4f} (95 % interval {interval}), better on {better} images"
+            lines.append(f"  {title} - {titles[0]}: {text}")
         lines.append("")
     write_csv(output / "comparison.csv", ["run", "protocol", "region", "statistic", *SCORES], rows)
     visualize.save_figure(output / "comparison.png", visualize.comparison(titles, values))

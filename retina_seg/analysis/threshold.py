@@ -22,6 +22,7 @@ F1_GIVEN_AWAY = 0.0005  # at most, for a higher accuracy
 CHOICES = {"f1": "highest F1", "accuracy": f"highest accuracy within {F1_GIVEN_AWAY} of that F1"}
 SCORES = ("f1", "recall", "precision", "accuracy")
 Fold = tuple[str | Path, Sequence[Pair]]  # a run and the images that it held out
+Curves = dict[str, np.ndarray]  # by score
 
 
 def held_out_folds(runs: Sequence[str | Path], data: str | Path) -> list[Fold]:
@@ -32,14 +33,12 @@ def held_out_folds(runs: Sequence[str | Path], data: str | Path) -> list[Fold]:
     folds = [(run, held_out_pairs(run, data)) for run in runs]
     for (run, pairs), (other, others) in combinations(folds, 2):
         if both := {pair.name for pair in pairs} & {pair.name for pair in others}:
-            how = "give the folds of one draw (train --fold 0, 1, …)"
-            raise UserError(f"{run} and {other}: both hold out {min(both)}; {how}")
+            remedy = "give the folds of one draw (train --fold 0, 1, …)"
+            raise UserError(f"{run} and {other}: both hold out {min(both)}; {remedy}")
     return folds
 
 
-def threshold_curves(
-    folds: Sequence[Fold], protocol: str = "native", progress: bool = True, **options: Any
-) -> dict[str, np.ndarray]:
+def threshold_curves(folds: Sequence[Fold], protocol: str = "native", progress: bool = True, **options: Any) -> Curves:
     """Scores by threshold, means over the images of all `folds`, in the protocol's region.
 
     Returns (99,) float64 in [0, 1] for `metrics.THRESHOLDS` by score (`SCORES`), NaN where no image defines it.
@@ -57,7 +56,7 @@ def threshold_curves(
     return {name: np.ma.masked_invalid([row[name] for row in rows]).mean(0).filled(np.nan) for name in SCORES}
 
 
-def choose(curves: dict[str, np.ndarray]) -> dict[str, float]:
+def choose(curves: Curves) -> dict[str, float]:
     """Two thresholds out of `threshold_curves`, by name as `CHOICES` describes them; the lowest of equals."""
     f1, accuracy = (np.nan_to_num(curves[name], nan=-1.0) for name in ("f1", "accuracy"))
     careful = np.where(f1 >= f1.max() - F1_GIVEN_AWAY, accuracy, -1.0)
@@ -70,22 +69,23 @@ def best_on(run: str | Path, pairs: Sequence[Pair], device: str = "auto") -> flo
 
 
 def threshold(
-    runs: Sequence[str | Path], data: str | Path, output: str | Path, protocol="native", progress=True, **options: Any
+    runs: Sequence[str | Path], data: str | Path, output: str | Path, protocol: str = "native", **options: Any
 ) -> list[str]:
     """Choose on the images that `runs` held out; writes `thresholds.csv` (a row a threshold) and `thresholds.png`.
 
-    Returns lines for people. Raises `UserError` as `held_out_folds` and `threshold_curves`.
+    `options` are those of `threshold_curves`. Returns lines for people. Raises `UserError` as it and `held_out_folds`.
     """
     folds, region = held_out_folds(runs, data), visualize.REGION_NAMES[get_protocol(protocol).region]
-    curves = threshold_curves(folds, protocol, progress, **options)
+    curves = threshold_curves(folds, protocol, **options)
     output, chosen = create_dir(output), choose(curves)
     rows = {cut: {"threshold": cut, **{n: curves[n][i] for n in SCORES}} for i, cut in enumerate(THRESHOLDS)}
     write_csv(output / "thresholds.csv", ["threshold", *SCORES], rows.values())
     title = f"{sum(len(pairs) for _, pairs in folds)} held-out images, {protocol}, {region}"
     title += ", TTA" if options.get("tta") else ""
-    lines, marks = {n: (THRESHOLDS, curves[n]) for n in SCORES}, {CHOICES[n]: cut for n, cut in chosen.items()}
-    figure = visualize.line_chart(lines, "threshold", "mean over images", marks, title=title)
-    visualize.save_figure(output / "thresholds.png", figure)
+    lines = {name: (THRESHOLDS, curves[name]) for name in SCORES}
+    marks = {f"{CHOICES[name]}: {cut:.2f}": cut for name, cut in chosen.items()}
+    chart = visualize.line_chart(lines, "threshold", "mean over images", marks, title=title)
+    visualize.save_figure(output / "thresholds.png", chart)
     table = [title, "threshold" + "".join(f"{name:>11}" for name in SCORES)]
     for name, cut in chosen.items():
         table.append(f"{cut:>9.2f}" + "".join(f"{rows[cut][n]:>11.4f}" for n in SCORES) + f"  {CHOICES[name]}")

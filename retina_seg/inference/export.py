@@ -50,15 +50,11 @@ def export(weights: str | Path, output: str | Path) -> float:
 
 
 def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
-    """What a program needs to use the network: text by name. `weights` is its `checkpoint.weights_id`.
-
-    "frame" is "resize" or "fov" (`transforms.FovFrame`); the sizes are pixels, "margin" of black around the box of the
-    field of view.
-    """
+    """What a program needs to use the network, text by name; sizes in pixels. `weights` is its `checkpoint.weights_id`."""
     frame, stride = segmenter.frame, segmenter.model.stride
     if isinstance(frame, ResizeFrame):
         sizes = {"height": frame.height, "width": frame.width}
-    else:
+    else:  # "margin" is of black around the box of the field of view
         largest = frame.largest_diameter or frame.fov_diameter
         sizes = {"fov_diameter": frame.fov_diameter, "largest_diameter": largest, "margin": frame.margin * stride}
     values = {

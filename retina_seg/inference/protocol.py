@@ -59,10 +59,7 @@ class Sample:
 
 
 def predict_pairs(
-    segmenter: Segmenter,
-    pairs: Iterable[Pair],
-    protocol: Protocol,
-    then: Callable[[Sample], Any] = lambda sample: sample,
+    segmenter: Segmenter, pairs: Iterable[Pair], protocol: Protocol, then: Callable = lambda sample: sample
 ) -> Iterator[Any]:
     """`then` of the `Sample` of every pair, in order, worked out several at a time in threads.
 

@@ -9,24 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from retina_seg.images import visible
 from retina_seg.utils import UserError, create_dir
-
-
-def visible(folder: Path) -> list[Path]:
-    """What is in `folder`, hidden names left out, in order of name. Raises `UserError`: it cannot be listed."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
 
 
 @contextmanager
 def atomic_folder(destination: Path) -> Iterator[Path]:
     """Gives a temporary folder that becomes `destination` when the block ends well, and is removed when it does not.
 
-    Where `destination` is there already, what was written is moved into it.
-
-    Raises `UserError`: `destination` is a file, or holds more than a README.md; or it cannot be written.
+    Raises `UserError`: `destination` is a file, holds more than a README.md, or cannot be written.
     """
     _check_free(destination)
     final = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle

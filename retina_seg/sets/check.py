@@ -1,7 +1,4 @@
-"""What a dataset in the Data1 layout holds and what is wrong with it, all at once: `retina-seg check DATA`.
-
-Where `list_pairs` stops at the first mistake, this reads every file and collects what it finds.
-"""
+"""What a dataset in the Data1 layout holds, and all that is wrong with it: `retina-seg check DATA`."""
 
 from __future__ import annotations
 
@@ -19,9 +16,8 @@ from retina_seg.sets.layout import KINDS, PARTS, collect_files, find_set, mask_r
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
-# Two files show one photo when their fingerprints correlate by more than this. Measured on the 90 images of DRIVE, CHASE_DB1
-# and LES-AV: the most alike different ones reach 0.57. Copies mirrored or rotated have 1.00, at half the size or aspect
-# ratio not kept 0.97 at least, as JPEG of quality 75 and 30 0.96 and 0.85, with all that at once (JPEG 50) 0.90.
+# Two files show one photo when their fingerprints correlate by more than this. On the 90 images of DRIVE, CHASE_DB1 and
+# LES-AV, different ones reach 0.57. Copies have 0.97 or more if mirrored, rotated or resized, 0.85 or more as JPEG 30.
 SAME_PHOTO = 0.75
 GREY_SHARE = 0.3  # of a mask's pixels in 32 … 223: the Kaggle set's masks have 0.03 to 0.06, images 0.42 and more
 
@@ -52,12 +48,12 @@ class SetReport:
 
     def lines(self) -> list[str]:
         """The report for people, a line an item."""
-        lines = [f"{self.root}"]
+        lines = [str(self.root)]
         for name, part in self.parts.items():
             images, masks, fovs, seconds = (part.files[kind] for kind in KINDS)
             variants = f" (variants of {part.distinct})" if part.distinct < images else ""
-            counts = f"{images} images{variants}, {masks} masks, {fovs} fields of view"
-            lines.append(f"{name}: {counts}, {seconds} second observer's masks")
+            counts = f"{masks} masks, {fovs} fields of view, {seconds} second observer's masks"
+            lines.append(f"{name}: {images} images{variants}, {counts}")
             if part.sizes:
                 sizes = (f"{width}x{height} ({count})" for (height, width), count in part.sizes.most_common())
                 lines.append(f"  sizes: {', '.join(sizes)}")
@@ -71,10 +67,7 @@ class SetReport:
 
 
 def check_set(data: str | Path, progress: bool = True) -> SetReport:
-    """Read every file of the dataset at `data`, a folder in the Data1 layout or one that holds it.
-
-    Raises `UserError`: there is no such dataset. Whatever is wrong inside one goes into the report.
-    """
+    """Read every file of the dataset at `data` (as `find_set`). Raises `UserError`: there is no such dataset."""
     report = SetReport(find_set(data))
     prints: list[tuple[str, Path, str, np.ndarray]] = []  # of each readable image: part, file, photo, fingerprint
     names: set[tuple[str, str]] = set()
@@ -117,8 +110,8 @@ def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]]
     except UserError as error:
         report.problems.append(str(error))
         photos = {name: name for name in files["image"]}
-    counts = {kind: len(here) for kind, here in files.items()}
-    figures = report.parts[part] = PartReport(counts, len(set(photos.values())))
+    figures = PartReport({kind: len(here) for kind, here in files.items()}, len(set(photos.values())))
+    report.parts[part] = figures
     odd: dict[str, list[str]] = defaultdict(list)  # what many masks have in common becomes one line
     prints = []
     for name in tqdm(natural_sort({name for here in files.values() for name in here}), part, disable=not progress):
@@ -132,9 +125,9 @@ def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]]
             if kind == "image":
                 size = pixels.shape[:2]
                 figures.sizes[size] += 1
+                prints.append((part, path, photos[name], fingerprint(pixels)))
                 if pixels.min() == pixels.max():
                     report.problems.append(f"{path}: shows nothing, all its pixels are {pixels.max()}")
-                prints.append((part, path, photos[name], fingerprint(pixels)))
                 continue
             if size and pixels.shape != size:
                 sizes = " but its image ".join(f"{width}x{height}" for height, width in (pixels.shape, size))
@@ -160,8 +153,8 @@ def _check_mask(report: SetReport, path: Path, mask: np.ndarray, kind: str, odd:
     elif kind == "fov" and values > 2:
         odd["fields of view have more than two values; they are cut at 127"].append(path.name)
     elif values > 2:
-        what = "have grey edges, as masks resized bilinearly have (the Kaggle set's too)"
-        odd[f"{_NAMES[kind]} {what}"].append(f"{path.name}: {values} values")
+        key = f"{_NAMES[kind]} have grey edges, as masks resized bilinearly have (the Kaggle set's too)"
+        odd[key].append(f"{path.name}: {values} values")
     if kind != "fov" and share > 0.5:
         report.problems.append(f"{path}: calls {100 * share:.0f} % of the frame vessel; is it inverted?")
     return share
@@ -176,13 +169,11 @@ def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
     try:
         rows = read_index(report.root)
     except UserError:
-        rows = None  # reported when the parts were read
+        return  # reported when the parts were read
     if rows is None:
         return
-    for keys, what in (
-        (files - set(rows), "are not named, so each counts as a photo of its own"),
-        (set(rows) - files, "are named but not there"),
-    ):
+    unnamed = (files - set(rows), "are not named, so each counts as a photo of its own")
+    for keys, what in (unnamed, (set(rows) - files, "are named but not there")):
         if keys:
             names = _some(natural_sort("/".join(key) for key in keys))
             report.warnings.append(f"{report.root / 'photos.csv'}: {len(keys)} files {what} ({names})")
@@ -191,14 +182,12 @@ def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
 def fingerprint(image: np.ndarray) -> np.ndarray:
     """What an image (H, W, 3) uint8 shows: (64, 64) float32, of length 1, or all 0 for an image that shows nothing.
 
-    The green channel at 64x64 less its blur, by its local contrast, the rim left out. Plain thumbnails would not do: a
-    bright disc on black is common to all fundus photos.
+    The green channel less its blur, by its local contrast; not the rim, which all fundus photos have in common.
     """
     small = cv2.resize(np.ascontiguousarray(image[:, :, 1]), (PRINT_SIDE, PRINT_SIDE), interpolation=cv2.INTER_AREA)
     small = small.astype(np.float32)
     lit = (small > 0.2 * np.percentile(small, 90)).astype(np.float32)
-    rim = np.ones((PRINT_SIDE // 8 + 3,) * 2, np.uint8)
-    lit = cv2.erode(lit, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    lit = cv2.erode(lit, np.ones((PRINT_SIDE // 8 + 3,) * 2, np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
 
     def mean(values: np.ndarray, sigma: float) -> np.ndarray:  # Gaussian, of the lit part alone
         return cv2.GaussianBlur(values * lit, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(lit, (0, 0), sigma), 1e-3)
@@ -210,10 +199,7 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
 
 
 def same_photo(fingerprints: np.ndarray) -> Iterator[tuple[int, int, str]]:
-    """Pairs of `fingerprints` (N, 64, 64) that show one photo: (i, j, how j lies to i) with i < j.
-
-    All 8 ways a square falls onto itself are tried; a copy rotated by another angle is not found.
-    """
+    """Pairs of `fingerprints` (N, 64, 64) that show one photo in one of `_WAYS`: (i, j, how j lies to i) with i < j."""
     flat = fingerprints.reshape(len(fingerprints), -1)
     for i, one in enumerate(fingerprints):
         ways = np.stack([np.rot90(one[:, ::-1] if number >= 4 else one, number % 4) for number in range(8)])

@@ -1,14 +1,12 @@
 """A dataset on disk, the Data1 layout: which image and mask belong together, which files are variants of one photo.
 
 {train,test}/{image,mask}/<name>.<ending>      images, and masks of the same name
-{train,test}/{fov,mask_2nd}/<name>.<ending>    field of view, second observer's mask (optional)
-photos.csv                                     part,name,photo[,subject]: variants of one photo, eyes of one person
-                                               (optional)
+{train,test}/{fov,mask_2nd}/<name>.<ending>    optional: field of view, second observer's mask
+photos.csv                                     optional: part,name,photo[,subject] of each file
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,23 +23,15 @@ KINDS = ("image", "mask", "fov", "mask_2nd")
 
 @dataclass(frozen=True)
 class Pair:
-    """An image with its mask.
+    """The files of an image and its mask."""
 
-    Attributes:
-        name: the image's file name without its ending.
-        image, mask: the two files.
-        photo: what stands for the photo itself: files that are variants of one photo have the same.
-        subject: whose eye it is, where the dataset says; splits keep a person's two eyes on one side.
-        fov, mask_2nd: the field of view and the second observer's mask, where the dataset has them.
-    """
-
-    name: str
+    name: str  # the image's file name without its ending
     image: Path
     mask: Path
-    photo: str
-    subject: str
-    fov: Path | None = None
-    mask_2nd: Path | None = None
+    photo: str  # the same for all variants of one photo
+    subject: str  # whose eye it is, else the photo: splits keep a person's two eyes on one side
+    fov: Path | None = None  # the field of view, where the dataset has one
+    mask_2nd: Path | None = None  # the second observer's mask, where the dataset has one
 
 
 @dataclass
@@ -76,8 +66,7 @@ def find_set(data: str | Path) -> Path:
 
 def collect_files(root: Path, part: str) -> PartFiles:
     """The files of one part of the dataset at `root`, by kind and name in natural order, with all problems found."""
-    found = PartFiles()
-    folder = root / part
+    found, folder = PartFiles(), root / part
     for kind in KINDS:
         needed = kind in ("image", "mask")
         if not (folder / kind).is_dir():
@@ -91,30 +80,22 @@ def collect_files(root: Path, part: str) -> PartFiles:
             continue
         if needed and not files:
             found.problems.append(f"{folder / kind}: holds no images; Data1/README.md says how to get them")
-        for name, count in Counter(path.stem for path in files).items():
-            if count > 1:
-                found.problems.append(f"{folder / kind}: two files are called {name}; remove or rename one")
-        found.files[kind] = {path.stem: path for path in reversed(files)}
-        found.files[kind] = {path.stem: found.files[kind][path.stem] for path in files}
-    images, masks = found.files["image"], found.files["mask"]
-    if images and masks:
-        for here, there, kind in ((images, masks, "mask"), (masks, images, "image")):
-            found.problems += [
-                f"{path}: has no partner {folder / kind / name}.*; add it or remove this"
-                for name, path in here.items()
-                if name not in there
-            ]
+        for path in files:
+            if found.files[kind].setdefault(path.stem, path) != path:
+                found.problems.append(f"{folder / kind}: two files are called {path.stem}; remove or rename one")
+    for kind, other in (("image", "mask"), ("mask", "image")):
+        if partners := found.files[other]:
+            alone = (path for name, path in found.files[kind].items() if name not in partners)
+            found.problems += [f"{p}: has no partner {folder / other / p.stem}.*; add it or remove this" for p in alone]
     return found
 
 
 def list_pairs(data: str | Path | Sequence[str | Path], part: str) -> list[Pair]:
     """The pairs of one part ("train" or "test") of the dataset at `data`, in natural order, matched by name.
 
-    Args:
-        data: a folder, or several datasets: then names, photos and subjects carry their dataset's folder name.
+    Of several datasets, names, photos and subjects begin with the dataset's folder name.
 
-    Raises `UserError`: no such folder, no images, an image without a mask or a mask without an image, two files of one
-    name, several datasets with one folder name.
+    Raises `UserError`: no such folder, no images, a file without its partner, two files or datasets of one name.
     """
     if not isinstance(data, (str, Path)) and len(data) != 1:
         roots = [find_set(one) for one in data]
@@ -139,37 +120,29 @@ def list_pairs(data: str | Path | Sequence[str | Path], part: str) -> list[Pair]
 
 
 def photo_ids(root: Path, part: str, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """The (photo, subject) of each image file: by `photos.csv` where there is one, else by the Kaggle set's own order.
-
-    Raises `UserError`: photos.csv is no such table.
-    """
+    """The (photo, subject) of each image: by `photos.csv`, else by the Kaggle set's order. Raises as `read_index`."""
     rows = read_index(root)
-    if rows is not None:
-        return {name: rows.get((part, name), (name, name)) for name in images}
-    if part == "train" and _in_fours(images):
+    if rows is None and part == "train" and _in_fours(images):
         return {name: (str(int(name) // 4),) * 2 for name in images}
-    return {name: (name, name) for name in images}
+    return {name: (rows or {}).get((part, name), (name, name)) for name in images}
 
 
 def read_index(root: Path) -> dict[tuple[str, str], tuple[str, str]] | None:
-    """What `photos.csv` of the dataset says: (part, name) -> (photo, subject); None where there is no such file.
-
-    Raises `UserError`: it is no such table.
-    """
+    """`photos.csv` of the dataset: (part, name) -> (photo, subject); None without one. Raises `UserError`: no such table."""
     index = root / "photos.csv"
     if not index.is_file():
         return None
-    rows = read_csv(index, ("part", "name", "photo"))
-    if any(row[key] is None for row in rows for key in ("part", "name", "photo")):
+    columns = ("part", "name", "photo")
+    rows = read_csv(index, columns)
+    if any(row[key] is None for row in rows for key in columns):
         raise UserError(f"{index}: has a row that is cut short; mend or remove it")
     return {(row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"]) for row in rows}
 
 
 def _in_fours(images: dict[str, Path]) -> bool:
     """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
-    if not images or len(images) % 4 or not all(name.isdecimal() for name in images):
-        return False
-    if sorted(map(int, images)) != list(range(len(images))):
+    numbers = sorted(int(name) for name in images if name.isdecimal())
+    if not images or len(images) % 4 or numbers != list(range(len(images))):
         return False
     try:
         first, second = (read_image(path) for path in list(images.values())[:2])
@@ -191,7 +164,7 @@ def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarr
 
 
 def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
-    """The field of view (H, W) bool of a pair's image: the dataset's own mask where there is one, else found in the image."""
+    """The field of view (H, W) bool of a pair's image (H, W, 3) uint8: the dataset's own, else found in the image."""
     if pair.fov is None:
         return find_fov(image)
     fov = read_mask(pair.fov) > 127
@@ -223,5 +196,5 @@ def mask_remarks(pairs: Sequence[Pair]) -> list[str]:
     for pair in pairs:
         if remark := mask_remark(read_grey(pair.mask)):
             odd.setdefault(remark, []).append(pair.mask)
-    more = {remark: f" and {len(files) - 1} more" if len(files) > 1 else "" for remark, files in odd.items()}
-    return [f"warning: {files[0]}{more[remark]}: the mask {remark}" for remark, files in odd.items()]
+    names = (f"{file} and {len(more)} more" if more else file for file, *more in odd.values())
+    return [f"warning: {name}: the mask {remark}" for name, remark in zip(names, odd, strict=True)]

@@ -1,8 +1,7 @@
-"""Raw public sets -> the Data1 layout (the original's `data_augmentation` notebook, and four sets more).
+"""Raw public sets -> the Data1 layout.
 
-The original's two steps keep their names: `load_data` lists raw DRIVE, `augment_data` writes images and masks with their
-variants at 512x512. `prepare_set` does the same for every set in `SETS`, with fields of view and second observers. Its
-`photos.csv` says which files show one photo, and whose eye it is.
+`load_data` and `augment_data` are the steps of the original's `data_augmentation` notebook, for DRIVE. `prepare_set` takes
+every set in `SETS`, and writes fields of view, second observers and `photos.csv` too.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from retina_seg.fov import LARGEST_SIDE
-from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
-from retina_seg.sets import atomic_folder, visible
+from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
+from retina_seg.sets import atomic_folder
 from retina_seg.sets.layout import KINDS
 from retina_seg.utils import UserError, create_dir, natural_key, write_csv
 
@@ -105,7 +104,7 @@ class RawImage:
     """An image of a raw set."""
 
     name: str  # its file name without endings; `photos.csv` calls the photo so
-    files: dict[str, Path]  # its "image", and "mask", "fov", "mask_2nd" where it has them
+    files: dict[str, Path]  # its "image", then "mask", "fov", "mask_2nd" where it has them
     groups: dict[str, str] = field(default_factory=dict)  # what the set's `image` pattern takes from its path
     part: str = ""  # "train" or "test", by the set's usual split
 
@@ -147,14 +146,11 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
 
 def _stem(path: Path) -> str:
     """The file name without its ending, and without .gz after that: im0001.ah of im0001.ah.ppm.gz."""
-    return Path(path.name[:-3] if path.name.lower().endswith(".gz") else path.name).stem
+    return path.with_suffix("").stem if path.suffix.lower() == ".gz" else path.stem
 
 
 def _files_below(source: Path) -> dict[str, Path]:
-    """The image files in `source` and below, by relative path without endings, in natural order of their names.
-
-    Of several with one such path the first is taken: im0001.ppm, not im0001.ppm.gz.
-    """
+    """The image files below `source`, by relative path without endings, in natural order: im0001.ppm before its .gz."""
     found, level = [], [("", source)]
     for _ in range(SEARCH_DEPTH + 3):  # a set's own files are up to two folders deep
         here = [(prefix, path) for prefix, folder in level for path in visible(folder)]
@@ -189,26 +185,18 @@ def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
 
 
 def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
-    """List raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`, paths in order, paired by their number.
-
-    Raises `UserError`: `path` is not DRIVE, or an image has no mask.
-    """
+    """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
     images = list_raw(SETS["drive"], path)
     train, test = ([image.files for image in images if image.part == part] for part in ("train", "test"))
     return tuple(([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
 
 
 def augment_data(
-    images: Sequence[str | Path],
-    masks: Sequence[str | Path],
-    save_path: str | Path,
-    augment: bool = True,
-    seed: int = 42,
+    images: Sequence[str | Path], masks: Sequence[str | Path], save_path: str | Path, augment: bool = True
 ) -> None:
     """Write every image and its mask, resized to 512x512, as `save_path/{image,mask}/<name>_<k>.png`.
 
-    k is 0 for the image itself, 1 mirrored left-right, 2 mirrored top-bottom, 3 rotated by up to 45 degrees; without
-    `augment` only 0 is written. The angles are drawn by `seed`.
+    k is 0 for the image itself; with `augment` also 1 mirrored left-right, 2 top-bottom, 3 rotated by up to 45 degrees.
 
     Raises `UserError`: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
     """
@@ -216,12 +204,12 @@ def augment_data(
         raise UserError(f"{len(images)} images but {len(masks)} masks: every image needs one mask")
     for image, mask in tqdm(zip(images, masks, strict=True), total=len(images)):
         raw = RawImage(_stem(Path(image)), {"image": Path(image), "mask": Path(mask)})
-        for k, pixels in enumerate(_variants(raw, 127, SIZE, augment, seed)):
+        for k, pixels in enumerate(_variants(raw, 127, SIZE, augment)):
             for kind, array in pixels.items():
                 write_image(create_dir(Path(save_path) / kind) / f"{raw.name}_{k}.png", array)
 
 
-def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int) -> Iterator[Arrays]:
+def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int = 42) -> Iterator[Arrays]:
     """The image with all that belongs to it, and with `augment` its three variants, resized to `side`."""
     pixels = _load(raw, above)
     yield _resized(pixels, side)
@@ -234,16 +222,14 @@ def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: 
 
 
 def _load(raw: RawImage, vessel_above: int) -> Arrays:
-    """The image, RGB, and the other kinds as 0 and 255. Raises `UserError`: a file cannot be read, or two differ in size.
-
-    Masks are binarised before anything is resized: DRIVE's second observer decodes to 3 and 253.
-    """
+    """The image, RGB, and the other kinds as 0 and 255. Raises `UserError`: a file cannot be read, or two differ in size."""
     pixels = {"image": read_image(raw.files["image"])}
     for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
         if array.shape != pixels["image"].shape[:2]:
             sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels["image"], array))
             raise UserError(f"{raw.files['image']} and {path}: differ in size ({sizes}); download the two again")
+        # DRIVE's second observer decodes to 3 and 253
         pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
     return pixels
 
@@ -251,14 +237,13 @@ def _load(raw: RawImage, vessel_above: int) -> Arrays:
 def rotated(pixels: Arrays, angle: float) -> Arrays:
     """Arrays rotated anticlockwise by `angle` degrees, "image" bilinearly, the others to the nearest pixel.
 
-    The package's one use of albumentations, which is no longer developed: the original's `Rotate`, with the angle given
-    rather than drawn, because its releases seed their draws in different ways. What enters from beyond the frame is
-    mirrored, as in the Kaggle set (the default until albumentations 2, which leaves it black).
+    By the original's `albumentations.Rotate`. What enters from beyond the frame is mirrored, as in the Kaggle set.
     """
     # it asks the network for a newer version when imported, and importing it takes seconds
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations
 
+    # the angle is given, not drawn: releases of albumentations seed their draws in different ways
     rotate = albumentations.Rotate(limit=(angle, angle), border_mode=cv2.BORDER_REFLECT_101, p=1.0)
     kinds = [kind for kind in pixels if kind != "image"]
     done = albumentations.Compose([rotate])(image=pixels["image"], masks=[pixels[kind] for kind in kinds])
@@ -266,14 +251,10 @@ def rotated(pixels: Arrays, angle: float) -> Arrays:
 
 
 def _resized(pixels: Arrays, side: int | None) -> Arrays:
-    """Arrays at `side` x `side` (None: as they are), as the original's `cv2.resize`: masks get grey edges.
-
-    The field of view stays two-valued: a pixel counts or does not.
-    """
+    """Arrays at `side` x `side` (None: as they are): masks get grey edges, as the original's; fields of view do not."""
     pixels = {kind: np.ascontiguousarray(array) for kind, array in pixels.items()}
-    if side is None:
-        return pixels
-    pixels = {kind: cv2.resize(array, (side, side)) for kind, array in pixels.items()}
+    if side is not None:
+        pixels = {kind: cv2.resize(array, (side, side)) for kind, array in pixels.items()}
     if "fov" in pixels:
         pixels["fov"] = (pixels["fov"] > 127).astype(np.uint8) * 255
     return pixels
@@ -290,20 +271,19 @@ def prepare_set(
 ) -> Path:
     """Write a raw public set to `destination` in the Data1 layout, whole or not at all.
 
-    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k, its two mirror images and a rotated one; test
-    files 0 … 19. All other files have their images' own names, followed by `_<k>` for variants. What is odd but no
-    mistake (images without a mask, an incomplete set) is printed.
+    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k and its variants (`augment_data`), test files are
+    0 … 19. All other files keep their images' names. An incomplete set, or images without a mask, are printed.
 
     Args:
         name: a key of `SETS`; case, - and _ do not matter.
         source: the folder the set was unpacked to, or one or two above it.
-        destination: a folder that is not there yet, or holds nothing but a README.md; it is returned.
-        size: side in pixels that all is resized to (bilinearly, aspect ratio not kept, as in the original), or "native".
+        destination: a new folder, or one with nothing but a README.md; it is returned.
+        size: side in pixels, resized bilinearly, aspect ratio not kept; or "native".
         split: "usual", or "train" or "test" to put every image into that part.
         seed: of the angles of the rotated variants.
 
-    Raises `UserError`: an unknown set, size or split; `source` is missing or not that set; an image without its mask;
-    files that cannot be read or differ in size; `destination` is not empty or lies inside `source`.
+    Raises `UserError`: an unknown set, size or split; `source` is not that set, or incomplete; files that cannot be read
+    or differ in size; `destination` is not empty or lies inside `source`.
     """
     raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
     if raw is None:
@@ -315,9 +295,9 @@ def prepare_set(
     if split not in SPLITS:
         raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
     images = list_raw(raw, source)
-    source, destination = Path(source), Path(destination)
-    inside = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle
-    if inside == source.resolve() or source.resolve() in inside.parents:
+    destination = Path(destination)
+    # `resolve` raises where a link leads in a circle
+    if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise UserError(f"{destination}: lies inside the raw images {source}; choose a folder elsewhere")
     labelled = [image for image in images if "mask" in image.files]
     if len(labelled) < len(images):
@@ -339,7 +319,6 @@ def prepare_set(
                     file = str(4 * number + k if many else number)
                 for kind, array in pixels.items():
                     write_image(create_dir(folder / image.part / kind) / f"{file}.png", array)
-                row = (image.part, file, image.name, subject, k, source_name)
-                rows.append(dict(zip(COLUMNS, row, strict=True)))
+                rows.append(dict(zip(COLUMNS, (image.part, file, image.name, subject, k, source_name), strict=True)))
         write_csv(folder / "photos.csv", COLUMNS, rows)
     return destination

@@ -1,10 +1,8 @@
-"""Synthetic fundus images with the exact vessel mask: the dataset to use when no real one is at hand, and for tests.
+"""Synthetic fundus images with the exact vessel mask, where no real dataset is at hand. Not medical data.
 
 `_Eye` lays out the anatomy. `_grow_vessels` lets arteries and veins grow from the optic disc as trees by Murray's law.
 Then retina, vessels, lesions and camera are rendered. Geometry is in units of the field's radius, origin at its centre,
 x right, y down; so a seed is the same eye at every size of one shape.
-
-Nothing here is medical data, and scores on these images say nothing about real ones.
 """
 
 from __future__ import annotations
@@ -45,20 +43,14 @@ class SyntheticImage:
     """A synthetic fundus image and its ground truth."""
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
-    mask: (
-        np.ndarray
-    )  # (H, W) uint8, 255 where a vessel covers at least half of the pixel inside the field of view, else 0
+    mask: np.ndarray  # (H, W) uint8, 255 where vessels cover half of a pixel or more inside `fov`, else 0
     fov: np.ndarray  # (H, W) uint8, 255 inside the camera's field of view, else 0
 
 
 def synthetic_image(seed: int, height: int = 512, width: int = 512) -> SyntheticImage:
-    """The fundus image of `seed`, the same to the byte on every call (with the same NumPy and OpenCV).
+    """The fundus image of `seed` (0 or more), `height` x `width` pixels (each 64 to 8192); each seed is another eye.
 
-    Args:
-        seed: any integer from 0 up; each is another eye, camera and exposure.
-        height, width: size of the image in pixels, each from 64 to 8192.
-
-    Raises `UserError`: a seed or size out of range.
+    The same to the byte on every call with the same NumPy and OpenCV. Raises `UserError`: a seed or size out of range.
     """
     if seed < 0 or not MIN_SIZE <= min(height, width) <= max(height, width) <= MAX_SIZE:
         needed = f"the seed must be 0 or more, each side {MIN_SIZE} to {MAX_SIZE} pixels"
@@ -111,12 +103,11 @@ def write_set(
 def data_or_synthetic(
     data: str | Path, fallback: str | Path = SYNTHETIC_SET, progress: bool = True, **size: Any
 ) -> tuple[Path, bool]:
-    """The dataset to work on, and whether it is the synthetic one in `fallback`: that where `data` holds no image yet.
+    """(`data`, False), or (`fallback`, True) where `data` holds no image: a synthetic set, written there if need be.
 
-    What `fallback` does not hold already is written there, with `size` as `write_set`'s arguments.
+    `size`: other arguments of `write_set`.
 
-    Raises:
-        UserError: `data` holds images, but not in the layout; or `fallback` holds something else or cannot be written.
+    Raises `UserError`: `data` holds images, but not in the layout; `fallback` holds something else or cannot be written.
     """
     data, fallback = Path(data), Path(fallback)
     if data.exists() and not data.is_dir():
@@ -132,8 +123,7 @@ class _Eye:
     """Where things lie. Points are (x, y) in field radii; `radius` and `centre` are in pixels."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int]) -> None:
-        # the field is cut flat above and below this |y|; 1 leaves it round
-        self.cut = rng.uniform(0.78, 0.92) if rng.random() < 0.3 else 1.0
+        self.cut = rng.uniform(0.78, 0.92) if rng.random() < 0.3 else 1.0  # the field is flat at this |y|; 1: round
         angle = math.radians(rng.uniform(-50, -25))
         # x, y, radius of the camera's index mark
         self.notch = (math.cos(angle), math.sin(angle), rng.uniform(0.035, 0.05)) if rng.random() < 0.5 else None
@@ -181,8 +171,7 @@ class _DensityMap:
     def __init__(self, eye: _Eye) -> None:
         axis = np.arange(int(2 * MAP_HALF / CELL) + 1) * CELL - MAP_HALF
         from_fovea = (axis[None, :] - eye.fovea[0]) ** 2 + (axis[:, None] - eye.fovea[1]) ** 2
-        # The fovea has no vessels, so it starts out dense.
-        self.maps = [0.9 * np.exp(-from_fovea / (2 * 0.09**2)) for _ in range(2)]
+        self.maps = [0.9 * np.exp(-from_fovea / (2 * 0.09**2)) for _ in range(2)]  # no vessels grow in the fovea
         offset = np.arange(-4, 5)
         self.stamp = np.exp(-(offset[None, :] ** 2 + offset[:, None] ** 2) / (2 * 1.6**2))
 
@@ -249,15 +238,13 @@ def _grow_one(rng: np.random.Generator, eye: _Eye, density: _DensityMap, tip: _T
                 del tip.course[0]
         else:
             left, right = (density.ahead(tip, turn, 0.08) for turn in (-0.6, 0.6))
-            # the second term: no vessel runs in circles
-            steer = 13 * (left - right) + 3 * math.sin(first_heading - tip.heading)
+            steer = 13 * (left - right) + 3 * math.sin(first_heading - tip.heading)  # so that none runs in circles
         tip.heading += (bend + steer) * STEP
         tip.x, tip.y = tip.x + STEP * math.cos(tip.heading), tip.y + STEP * math.sin(tip.heading)
         tip.radius -= (0.0015 if tip.course else 0.0035) * STEP
         points.append((tip.x, tip.y, tip.radius))
         from_disc = math.dist((tip.x, tip.y), eye.disc) / eye.disc_radius
-        may_stop = step > 8 and not tip.course and from_disc > 1.6
-        blocked = may_stop and density.ahead(tip, 0, 0.05) > 0.75
+        blocked = step > 8 and not tip.course and from_disc > 1.6 and density.ahead(tip, 0, 0.05) > 0.75
         if blocked or tip.radius < THINNEST or math.hypot(tip.x, tip.y) > 1.03:
             break
         next_twig -= STEP
@@ -273,12 +260,12 @@ def _grow_one(rng: np.random.Generator, eye: _Eye, density: _DensityMap, tip: _T
     return np.array(points), twigs
 
 
-def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, thin: float) -> _Tip:
-    """Split a twig of radius `thin` off `tip`, to the freer side; `tip` goes on thinner and turned the other way.
+def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, r2: float) -> _Tip:
+    """Split a twig of radius `r2` off `tip`, to the freer side; `tip` goes on thinner and turned the other way.
 
     By Murray's law r0^3 = r1^3 + r2^3, at his angles of least work.
     """
-    r0, r2 = tip.radius, thin
+    r0 = tip.radius
     r1 = (r0**3 - r2**3) ** (1 / 3)
     away = math.acos(min(1, (r0**4 + r2**4 - r1**4) / (2 * r0**2 * r2**2)))
     aside = math.acos(min(1, (r0**4 + r1**4 - r2**4) / (2 * r0**2 * r1**2)))
@@ -290,7 +277,7 @@ def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, thin: flo
 
 
 def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Vessels rendered on a finer canvas and averaged down, each layer (H, W) float32 in [0, 1].
+    """Vessels drawn finer and averaged down, each layer (H, W) float32 in [0, 1].
 
     Coverage (share of the pixel under a vessel), opacity of arteries and of veins, the arteries' central reflex.
     """
@@ -343,9 +330,7 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
     rays = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
     rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), rays).astype(np.float32)
     sheen = rng.uniform(0.0, 0.5) * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2))
-    red = rng.uniform(0.56, 0.8)
-    green = red * rng.uniform(0.46, 0.58)
-    blue = green * rng.uniform(0.42, 0.66)
+    red, green, blue = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66])).tolist()
     red = red * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen)
     green = green * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * noise(0.7))
     blue = blue * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen) * (1 + 0.08 * noise(0.7))
@@ -358,7 +343,7 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
     # Its cup is paler still; its rim is thicker, so redder, on the nasal side.
     from_cup = np.hypot(dx - rng.uniform(0.0, 0.25) * eye.temporal * eye.disc_radius, dy) / eye.disc_radius
     cup = 0.5 * (1 - np.tanh((from_cup / rng.uniform(0.35, 0.6) - 1) / 0.16))
-    pale = np.array([rng.uniform(0.88, 1.0), rng.uniform(0.54, 0.66), rng.uniform(0.26, 0.36)], np.float32)
+    pale = rng.uniform([0.88, 0.54, 0.26], [1.0, 0.66, 0.36]).astype(np.float32)
     disc = pale * (light * (1 - 0.1 * (1 - cup) * (1 - 0.6 * temporal)))[..., None]
     disc += cup[..., None] * np.array([0.05, 0.2, 0.17], np.float32)
     return (colour + inside * (disc - colour)).astype(np.float32)
