@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from retina_seg.config import TrainConfig
 from retina_seg.model import build_model
-from retina_seg.utils import UserError, atomic_write, read_json, remove_partial, without_nan
+from retina_seg.utils import UserError, atomic_write, read_json, without_nan
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKPOINT_FORMAT = "retina_seg checkpoint 1"
@@ -166,7 +166,8 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
         return
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no run to go on with; train without --resume")
-    remove_partial(folder)
+    for path in folder.glob(".*.partial*"):  # what a killed process left half written
+        path.unlink(missing_ok=True)
     free = {"preset", "data", "output", "device", "workers"}
     written = TrainConfig.from_json(folder / "config.json")
     mine, theirs = (without_nan(dataclasses.asdict(value)) for value in (config, written))

@@ -74,8 +74,6 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-# ------------------------------------------------------------------------------------------------- commands and options
-
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str, tuple[Argument, ...]]] = {}
 
@@ -178,9 +176,6 @@ FLOAT32, AUTO = (
 NETWORK_NAMES = ("working_size", "tta", "device", "precision")
 
 
-# ------------------------------------------------------------------------------------------------- predict, run, train
-
-
 @command(
     "segment images of any size",
     "predict images/ --output vessels/",
@@ -281,9 +276,6 @@ def _train(options: argparse.Namespace) -> None:
         _say(f"written to {run.folder}: checkpoint.pth (epoch {run.best}), history.csv, curves.png, config.json")
 
 
-# ------------------------------------------------------------------------------------------- test, compare, threshold
-
-
 @command(
     "score a network on a dataset",
     "test --run results/notebook --data Data1",
@@ -344,9 +336,6 @@ def _threshold(options: argparse.Namespace) -> None:
     _say(f"written to {options.output}: thresholds.csv, thresholds.png")
 
 
-# ----------------------------------------------------------------------------------------------------------- datasets
-
-
 @command(
     "bring a public dataset into the Data1 layout",
     "prepare drive DRIVE Data1",
@@ -390,9 +379,6 @@ def _synth(options: argparse.Namespace) -> None:
 
     folder = write_set(options.destination, options.train, options.test, (options.size, options.size), options.seed)
     _say(f"written to {folder}: {options.train} training and {options.test} test images")
-
-
-# ------------------------------------------------------------------------------------------------------ export, bench
 
 
 @command(

@@ -25,10 +25,7 @@ IMAGES_AT_ONCE = 4  # more would mostly take more memory
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes the first GPU there is, else the processor.
-
-    Raises `UserError`: no such device on this machine.
-    """
+    """The device called `name`; "auto": a GPU where there is one. Raises `UserError`: no such device on this machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -55,10 +52,7 @@ def has_bfloat16_units(device: torch.device) -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic called `name`: "float32", "bfloat16", or "auto": bfloat16 where `device` has units for it.
-
-    Raises `UserError`: no such precision.
-    """
+    """The arithmetic called `name`; "auto": bfloat16 where `device` has units for it. Raises `UserError`: none of these."""
     if name not in PRECISIONS:
         raise UserError(f"--precision {name}: choose one of {', '.join(PRECISIONS)}")
     if name == "auto":

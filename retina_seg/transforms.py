@@ -172,37 +172,26 @@ def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.n
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly training images are augmented; every draw is fresh. Zero switches a step off.
+    """How strongly training images are augmented; every draw is fresh, and zero switches a step off.
 
-    Attributes:
-        rotate: largest rotation to either side, degrees.
-        flip: whether to mirror half of the draws.
-        scale, stretch: standard deviation of the logarithm of the size, and of the ratio of the two sides.
-        bend: elastic displacement, standard deviation in pixels.
-        gamma, contrast, light, cast: standard deviation of the logarithm of gamma, of contrast, of brightness, and of
-            each channel's gain on its own.
-        grey: largest share of colour taken away.
-        shade: standard deviation of the logarithm of a smooth uneven illumination.
-        blur, noise: largest Gaussian blur (pixels) and noise (share of full scale); both in half of the draws.
-        recolour: share of draws whose light and colours are changed at all.
-        exact: share of draws that are only rotated by quarters and mirrored, without interpolation.
+    "Spread" is the standard deviation of the logarithm.
     """
 
-    rotate: float = 180.0
-    flip: bool = True
-    scale: float = 0.12
-    stretch: float = 0.06
-    bend: float = 2.0
-    gamma: float = 0.25
-    contrast: float = 0.2
-    light: float = 0.15
-    cast: float = 0.12
-    grey: float = 0.5
-    shade: float = 0.15
-    blur: float = 0.8
-    noise: float = 0.03
-    recolour: float = 1.0
-    exact: float = 0.25
+    rotate: float = 180.0  # largest rotation to either side, degrees
+    flip: bool = True  # mirror half of the draws
+    scale: float = 0.12  # spread of the size
+    stretch: float = 0.06  # spread of the ratio of the two sides
+    bend: float = 2.0  # standard deviation of the elastic displacement, pixels
+    gamma: float = 0.25  # spread of gamma
+    contrast: float = 0.2  # spread of the contrast
+    light: float = 0.15  # spread of the brightness
+    cast: float = 0.12  # spread of each channel's gain on its own
+    grey: float = 0.5  # largest share of colour taken away
+    shade: float = 0.15  # spread of a smooth uneven illumination
+    blur: float = 0.8  # largest Gaussian blur, pixels; in half of the draws
+    noise: float = 0.03  # largest noise, share of full scale; in half of the draws
+    recolour: float = 1.0  # share of draws whose light and colours are changed at all
+    exact: float = 0.25  # share of draws that are only rotated by quarters and mirrored, without interpolation
 
     @classmethod
     def changed(cls, changes: dict[str, Any]) -> Augmentation:

@@ -136,13 +136,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_partial(folder: str | Path) -> None:
-    """Remove the unfinished files of a process that was killed while it wrote into `folder`."""
-    for path in Path(folder).glob(".*.partial*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
 def without_nan(value: Any) -> Any:
     """`value` with every float that is not finite turned to None, NumPy scalars to Python's: what JSON can hold."""
     if isinstance(value, dict):

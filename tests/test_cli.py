@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_checkpoint import ends_equal
 from test_config import train_parser
-from test_train import at_step
+from test_train import at_step, without_curves  # noqa: F401
 from torch import nn
 
 import retina_seg

@@ -139,17 +139,12 @@ def test_a_file_is_replaced_never_overwritten_in_place(tmp_path):
     assert names(tmp_path) == ["a.txt", "folder", "witness"]
 
 
-def test_two_writers_of_one_name_do_not_meet_and_leftovers_are_removed(tmp_path):
+def test_two_writers_of_one_name_do_not_meet(tmp_path):
     with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         first.write_text("1")
         second.write_text("2")
         assert len(names(tmp_path)) == 2
     assert (tmp_path / "a").read_text() == "1"  # the outer one ended last
-    with atomic_write(tmp_path / "b.png") as temporary:
-        temporary.write_text("half")
-        utils.remove_partial(tmp_path)  # as after a process was killed here
-        assert names(tmp_path) == ["a"]
-        temporary.write_text("")
 
 
 def test_without_nan_changes_only_what_json_cannot_hold(tmp_path):

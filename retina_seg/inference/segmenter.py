@@ -1,8 +1,5 @@
 """Any fundus image at any size -> the probability of vessel at that size: the one inference path of the package.
 
-    segmenter = Segmenter.load("general")
-    probability = segmenter(image)
-
 The image enters the frame its network was trained in (`transforms`), and the result is brought back to the image.
 """
 
@@ -173,10 +170,7 @@ def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, hal
 
 
 def as_image(image: np.ndarray) -> np.ndarray:
-    """`image` as (H, W, 3) uint8: grey (H, W) gets three equal channels.
-
-    Raises `ValueError`: another shape or dtype, or no pixel.
-    """
+    """`image` as (H, W, 3) uint8; grey (H, W) gets equal channels. Raises `ValueError`: another shape or dtype, no pixel."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ValueError(f"an image is a uint8 array (0 to 255), got {getattr(image, 'dtype', type(image).__name__)}")
     if image.ndim == 2:
