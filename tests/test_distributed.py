@@ -19,7 +19,7 @@ from torch import nn
 from retina_seg import cli
 from retina_seg.checkpoint import LAST, load_last
 from retina_seg.config import TrainConfig
-from retina_seg.distributed import World, process_group
+from retina_seg.distributed import World, process_group, set_epoch
 from retina_seg.images import write_image
 from retina_seg.inference.batch import OUTPUTS, predict_images
 from retina_seg.inference.segmenter import Segmenter
@@ -133,6 +133,17 @@ def test_two_processes_write_the_maps_that_one_would(folder):
         if name.name == "summary.csv":  # the seconds differ
             one, two = ([{**row, "seconds": ""} for row in csv.DictReader(t.decode().split("\n"))] for t in (one, two))
         assert one == two, name
+
+
+def test_two_processes_share_the_items_of_an_epoch_in_an_order_of_its_own():
+    samplers = [World(rank, 2).sampler(range(8), seed=1, shared_state=False) for rank in (0, 1)]
+    epochs = []
+    for epoch in (0, 1, 0):
+        for sampler in samplers:
+            set_epoch(sampler, 1, epoch)
+        epochs.append([list(sampler) for sampler in samplers])
+        assert sorted(epochs[-1][0] + epochs[-1][1]) == list(range(8))
+    assert epochs[0] == epochs[2] != epochs[1]
 
 
 def test_a_process_alone_is_its_own_world(monkeypatch, capsys):
