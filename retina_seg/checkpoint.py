@@ -105,13 +105,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(name: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(name: str | Path, style: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode on the processor, and the checkpoint's other entries.
 
     Args:
         name: as `find_weights` takes it: a file, a run's folder, or the name of pretrained weights.
+        style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style".
 
-    Raises `UserError`: as `load_checkpoint`, or weights of another architecture, or weights that are not finite.
+    Raises `UserError`: as `load_checkpoint`, or weights of another architecture, or weights that are not finite, or
+    no such style.
     """
     path = find_weights(name)
     checkpoint = load_checkpoint(path)
@@ -128,6 +130,12 @@ def load_model(name: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         ) from None
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
+    styles = checkpoint.get("styles", {})
+    if style is not None and style not in styles:
+        raise UserError(f"--style {style}: {path} has {', '.join(styles) or 'no styles to choose from'}")
+    if styles:
+        checkpoint["style"] = style or checkpoint["style"]
+        model.mix_styles(styles[checkpoint["style"]])
     return model.eval(), checkpoint
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass, field
@@ -61,6 +62,17 @@ class TrainConfig:
     largest_diameter: float | None = _option(
         PATCHES, float, None, "larger images are used at up to this diameter; not set: all at one", low=32
     )
+    normalise: str = _option(
+        PATCHES,
+        str,
+        "none",
+        "light and colour normalised inside the field of view, in training and use",
+        ("none", "fov"),
+    )
+    styles: str = _option(
+        PATCHES, str, "one", "of labelling: one for all datasets, or an output channel for each", ("one", "datasets")
+    )
+    style: str = _option(PATCHES, str, "balanced", "the style that is used where none is asked for")
     augmentation: dict[str, Any] = _option(PATCHES, dict, {}, "changes to transforms.Augmentation, as JSON")
     patches: int = _option(PATCHES, int, 800, "patches in an epoch", low=1)
 
@@ -91,7 +103,7 @@ class TrainConfig:
         CHOICE, str, "best", "weights of lowest validation loss, or of the last epoch", ("best", "last")
     )
     threshold: str = _option(
-        CHOICE, str, "fixed", "0.5, or that of highest F1 on the held-out photos", ("fixed", "validation")
+        CHOICE, str, "fixed", "fixed: 0.5; validation: that of highest F1 on the held-out photos; or a number"
     )
 
     precision: str = _option(COMPUTE, str, "auto", "auto: bfloat16 where there are units for it", PRECISIONS)
@@ -145,8 +157,20 @@ class TrainConfig:
             raise UserError(f"--ema {self.ema}, --warmup {self.warmup}: must be below 1")
         if self.keep == "best" and self.validation == "none":
             raise UserError("--keep best needs images to validate on; add --validation photos, or --keep last")
+        if self.threshold not in ("fixed", "validation"):
+            check_threshold(self.threshold)
+        if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet"):
+            raise UserError("--styles datasets: needs --frame fov and a network with styles, as fast_attention_unet")
         if self.threshold == "validation" and self.validation != "photos":
             raise UserError("--threshold validation needs held-out training photos; add --validation photos")
+
+
+def check_threshold(value: str | float) -> float:
+    """`value` as a number. Raises `UserError` unless it lies in (0, 1)."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) < 1:
+            return float(value)
+    raise UserError(f"--threshold {value}: must lie between 0 and 1")
 
 
 def _check_value(option: str, value: Any, default: Any, meta: Any) -> None:

@@ -96,9 +96,9 @@ class DriveDataset(Dataset):
 class PatchDataset(Dataset):
     """Freshly augmented patches of images held in memory, scaled by their field of view (`FovFrame`).
 
-    Item i of an epoch is a patch (3, size, size) float32 BGR in [0, 1] and its mask (1, size, size) float32 in [0, 1];
-    the images take turns. What is drawn depends on (seed, epoch, i) alone, so any number of loader workers gives the
-    same items, and an epoch can be repeated on its own.
+    Item i of an epoch is a patch (3, size, size) float32 BGR in [0, 1], its mask (1, size, size) float32 in [0, 1] and,
+    with `styles`, the number of its dataset; the datasets take turns, and so do the images of each. What is drawn depends
+    on (seed, epoch, i) alone, so any number of loader workers gives the same items, and an epoch can be repeated on its own.
 
     Args:
         pairs: the images.
@@ -107,12 +107,15 @@ class PatchDataset(Dataset):
         patches: how many make an epoch.
         how: the augmentation.
         seed: of the draws.
+        normalise: whether the frame normalises light and colour (`transforms.normalise`).
+        styles: whether items tell their dataset.
 
     Raises:
         UserError: a file cannot be read, a pair of two sizes, a diameter that cannot be.
 
     Attributes:
         frame: the working frame of the patches. epoch: set it before each pass.
+        datasets: the datasets' names in order; `images` has (image, mask) pairs in the frame by these names.
     """
 
     def __init__(
@@ -123,30 +126,57 @@ class PatchDataset(Dataset):
         patches: int,
         how: Augmentation | None = None,
         seed: int = 42,
+        normalise: bool = False,
+        styles: bool = False,
     ) -> None:
         if diameter is not None and not 0 < diameter <= LARGEST_SIDE:
             raise UserError(f"--fov-diameter {diameter}: must lie between 0 and {LARGEST_SIDE} pixels")
         loaded = [load_with_fov(pair) for pair in pairs]
-        self.frame = FovFrame(diameter or float(np.median([fov_diameter(fov) for _, _, fov in loaded])))
-        placed = [(self.frame.place(fov), image, mask) for image, mask, fov in loaded]
-        self.images = [(place.enter(image), place.enter_mask(mask)) for place, image, mask in placed]
+        diameter = diameter or float(np.median([fov_diameter(fov) for _, _, fov in loaded]))
+        self.frame = FovFrame(diameter, normalise=normalise)
+        self.images: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for pair, (image, mask, fov) in zip(pairs, loaded, strict=True):
+            place = self.frame.place(fov)
+            self.images.setdefault(pair.dataset, []).append((place.enter(image), place.enter_mask(mask)))
+        self.datasets, self.styles = list(self.images), styles
         self.size, self.patches, self.how, self.seed = size, patches, how or Augmentation(), seed
         self.epoch = 0
 
     def __len__(self) -> int:
         return self.patches
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple:
         if not 0 <= index < self.patches:
             raise IndexError(f"patch {index} of {self.patches}")
         rng = np.random.default_rng([self.seed, self.epoch, index])
-        source = self.images[(self.epoch * self.patches + index) % len(self.images)]
-        image, mask = augment_geometry(*source, self.size, self.how, rng)
+        turn, dataset = divmod(self.epoch * self.patches + index, len(self.datasets))
+        images = self.images[self.datasets[dataset]]
+        image, mask = augment_geometry(*images[turn % len(images)], self.size, self.how, rng)
         image = image.astype(np.float32) / 255
         if self.how.recolour >= 1 or rng.random() < self.how.recolour:
             image = augment_colour(image, self.how, rng)
         channels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
-        return torch.from_numpy(channels), mask_to_tensor(mask)
+        return torch.from_numpy(channels), mask_to_tensor(mask), *([dataset] if self.styles else [])
+
+    def label_styles(self) -> dict[str, list[float]]:
+        """Name of a style of labelling -> share of each dataset's logits.
+
+        Each dataset by its name; "balanced": all alike; "fine" and "bold": the third of the datasets whose masks have the
+        thinnest and the widest vessels, twice the area by the length of the edge, in the frame.
+        """
+
+        def width(name: str) -> float:
+            masks = [(mask > 127).astype(np.uint8) for _, mask in self.images[name]]
+            edges = sum(int(mask.sum()) - int(cv2.erode(mask, np.ones((3, 3))).sum()) for mask in masks)
+            return sum(int(mask.sum()) for mask in masks) / max(edges, 1)
+
+        order, third = sorted(self.datasets, key=width), max(1, len(self.datasets) // 3)
+        groups = {name: [name] for name in self.datasets} | {
+            "balanced": order,
+            "fine": order[:third],
+            "bold": order[-third:],
+        }
+        return {name: [(dataset in group) / len(group) for dataset in self.datasets] for name, group in groups.items()}
 
 
 class FrameDataset(Dataset):
@@ -156,20 +186,20 @@ class FrameDataset(Dataset):
         pairs: the images.
         frame: the working frame.
         stride: height and width are padded with black to multiples of it.
+        datasets: where given, items tell the number of their dataset in this list.
     """
 
-    def __init__(self, pairs: Sequence[Pair], frame: Frame, stride: int) -> None:
+    def __init__(self, pairs: Sequence[Pair], frame: Frame, stride: int, datasets: Sequence[str] = ()) -> None:
         self.items = []
         for pair in pairs:
             image, mask, fov = load_with_fov(pair)
             place = frame.place(fov)
-            self.items.append(
-                [pad_to_stride(a, stride, frame.margin)[0] for a in (place.enter(image), place.enter_mask(mask))]
-            )
+            arrays = [pad_to_stride(a, stride, frame.margin)[0] for a in (place.enter(image), place.enter_mask(mask))]
+            self.items.append((*arrays, *([datasets.index(pair.dataset)] if datasets else [])))
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.items[index]
-        return to_tensor(image), mask_to_tensor(mask)
+    def __getitem__(self, index: int) -> tuple:
+        image, mask, *style = self.items[index]
+        return to_tensor(image), mask_to_tensor(mask), *style

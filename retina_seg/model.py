@@ -166,7 +166,7 @@ class ResidualBlock(nn.Module):
 
 
 class FinePath(nn.Sequential):
-    """Convolutions at full resolution: features (N, F, H, W) and image (N, 3, H, W) -> logits (N, 1, H, W)."""
+    """Convolutions at full resolution: features (N, F, H, W) and image (N, 3, H, W) -> logits (N, styles, H, W)."""
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         return super().forward(torch.cat([features, image], dim=1))
@@ -175,7 +175,7 @@ class FinePath(nn.Sequential):
 class FastAttentionUNet(nn.Module):
     """The original's two attention gates in a network that needs a fifth of the arithmetic.
 
-    (N, 3, H, W) BGR in [0, 1], H and W multiples of 8 -> logits (N, 1, H, W). What differs from `AttentionUNet`:
+    (N, 3, H, W) BGR in [0, 1], H and W multiples of 8 -> logits (N, styles, H, W). What differs from `AttentionUNet`:
 
     - a pixel-unshuffle stem and a pixel-shuffle head: all wide layers work at half the resolution, a quarter of the
       arithmetic, and no pixel is thrown away;
@@ -188,12 +188,15 @@ class FastAttentionUNet(nn.Module):
         deepest: channels of the third level.
         fine: channels of the full-resolution path, 0 for none.
         dropout: share of feature maps dropped inside the deepest blocks while training.
+        styles: output channels, one for each style of labelling that is trained: logits (N, styles, H, W).
     """
 
     stride = 8
     receptive_field = 160  # pixels to either side that a pixel's logit depends on, at most
 
-    def __init__(self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1) -> None:
+    def __init__(
+        self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1, styles: int = 1
+    ) -> None:
         super().__init__()
         w1, w2, w3 = width, 2 * width, deepest
         self.unshuffle = nn.PixelUnshuffle(2)
@@ -211,9 +214,10 @@ class FastAttentionUNet(nn.Module):
         self.d1 = ResidualBlock(w2)
         self.ag2 = AttentionGate([w2, w1], w1, query_kernel=1)
         self.d2 = ResidualBlock(w1)
-        self.head = nn.Conv2d(w1, 4 * max(fine, 1), 3, padding=1)
+        self.head = nn.Conv2d(w1, 4 * (fine or styles), 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
-        self.fine = FinePath(self._conv_norm_relu(fine + 3, fine), nn.Conv2d(fine, 1, 3, padding=1)) if fine else None
+        last = nn.Conv2d(fine, styles, 3, padding=1) if fine else None
+        self.fine = FinePath(self._conv_norm_relu(fine + 3, fine), last) if fine else None
 
     @staticmethod
     def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -231,7 +235,21 @@ class FastAttentionUNet(nn.Module):
         d = self.d1(self.ag1(self.up(b), s2))  # (N, w2, H/4, W/4)
         d = self.d2(self.ag2(self.up(d), s1))  # (N, w1, H/2, W/2)
         y = self.shuffle(self.head(d))  # (N, fine, H, W); the logits where there is no fine path
-        return y if self.fine is None else self.fine(y, x)  # (N, 1, H, W)
+        return y if self.fine is None else self.fine(y, x)  # (N, styles, H, W)
+
+    def mix_styles(self, shares: Sequence[float]) -> None:
+        """Replace the logits of the styles by one, their sum weighted by `shares`: the last convolution is linear."""
+        last = self.head if self.fine is None else self.fine[-1]
+        group = last.out_channels // len(shares)
+        mixed = nn.Conv2d(last.in_channels, group, 3, padding=1)
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                value = getattr(last, name).unflatten(0, (len(shares), group))
+                getattr(mixed, name).copy_(torch.tensordot(torch.tensor(shares), value, dims=1))
+        if self.fine is None:
+            self.head = mixed
+        else:
+            self.fine[-1] = mixed
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

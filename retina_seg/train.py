@@ -11,7 +11,7 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
 from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Sequence[Tensor]]
 
 
 class NotFinite(FloatingPointError):
@@ -54,7 +54,8 @@ def train(
     """One pass of training over `loader`, as in the original.
 
     Args:
-        loader: batches of images (N, 3, H, W) and masks (N, 1, H, W), float32 in [0, 1].
+        loader: batches of images (N, 3, H, W) and masks (N, 1, H, W), float32 in [0, 1]; and for a network with styles
+            of labelling the style (N,) int64 of each image, whose logits alone count.
         loss_fn: of (logits, masks), both (N, 1, H, W).
         precision: bfloat16 runs the network under autocast; the loss is always float32.
         clip: largest norm of the gradient, 0 for none.
@@ -69,11 +70,11 @@ def train(
     device = torch.device(device)
     model.train()
     losses: list[Tensor] = []
-    for images, masks in loader:
+    for images, masks, *style in loader:
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, precision):
-            logits = model(images)
+            logits = _of_style(model(images), *style)
         loss = loss_fn(logits, masks)
         loss.backward()
         losses.append(loss.detach())
@@ -106,15 +107,20 @@ def evaluate(
     device = torch.device(device)
     model.eval()
     losses = []
-    for images, masks in loader:
+    for images, masks, *style in loader:
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits = model(images)
+            logits = _of_style(model(images), *style)
         losses.append(loss_fn(logits, masks))
         if f1 is not None:
             predicted, true = (logits > 0).flatten(1), (masks > 0.5).flatten(1)
             f1.append(2 * (predicted & true).sum(1) / (predicted.sum(1) + true.sum(1)).clamp(min=1))
     return _mean(losses)
+
+
+def _of_style(logits: Tensor, style: Tensor | None = None) -> Tensor:
+    """Each image's logits (N, 1, H, W) in its own style, of (N, styles, H, W)."""
+    return logits if style is None else logits[torch.arange(len(logits)), style].unsqueeze(1)
 
 
 def _mean(values: list[Tensor]) -> float:
@@ -132,6 +138,7 @@ class _Data:
     training_pairs: list[Pair]
     validation_pairs: list[Pair]
     frame: Frame
+    styles: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # as `PatchDataset.label_styles`
 
 
 def split_set(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
@@ -157,17 +164,21 @@ def _open_data(config: TrainConfig, stride: int) -> _Data:
         return _Data(*datasets, training, validation, ResizeFrame(side, side))
     # stored variants of a photo would only make it count several times: augmentation draws its own
     training, validation = ([*{p.photo: p for p in reversed(part)}.values()] for part in (training, validation))
-    how = Augmentation.changed(config.augmentation)
-    patches = data.PatchDataset(training, config.fov_diameter, side, config.patches, how, config.seed)
+    how, styles = Augmentation.changed(config.augmentation), config.styles == "datasets"
+    normalise = config.normalise == "fov"
+    patches = data.PatchDataset(
+        training, config.fov_diameter, side, config.patches, how, config.seed, normalise, styles
+    )
     diameter = patches.frame.fov_diameter
     if config.largest_diameter is not None and not diameter <= config.largest_diameter <= data.LARGEST_SIDE:
         raise UserError(
             f"--largest-diameter {config.largest_diameter}: must lie between the field-of-view diameter, {diameter:g}, "
             f"and {data.LARGEST_SIDE} pixels"
         )
-    frame = FovFrame(diameter, config.largest_diameter)
-    whole = data.FrameDataset(validation, frame, stride) if validation else None
-    return _Data(patches, whole, training, validation, frame)
+    frame = FovFrame(diameter, config.largest_diameter, normalise)
+    datasets = patches.datasets if styles else []
+    whole = data.FrameDataset(validation, frame, stride, datasets) if validation else None
+    return _Data(patches, whole, training, validation, frame, patches.label_styles() if styles else {})
 
 
 @dataclass
@@ -211,7 +222,15 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     device = world.device(config.device)
     seeding(config.seed)
     model = build_model(config.model, **config.model_arguments)
-    loop = _Loop(config, _open_data(config, model.stride), model, device, world)
+    opened = _open_data(config, model.stride)
+    if opened.styles:
+        if config.style not in opened.styles:
+            raise UserError(f"--style {config.style}: choose one of {', '.join(opened.styles)}")
+        arguments = {**config.model_arguments, "styles": len(opened.training.datasets)}
+        config = dataclasses.replace(config, model_arguments=arguments)
+        seeding(config.seed)
+        model = build_model(config.model, **config.model_arguments)
+    loop = _Loop(config, opened, model, device, world)
     if world.is_main:
         check_run_folder(config, resume, world.size)
     world.barrier()
@@ -263,10 +282,12 @@ class _Loop:
         self.steps = config.epochs * len(self.loader)
         self.state: dict[str, Any] = {"epoch": 0, "step": 0, "best": 0, "best_loss": math.inf, "history": []}
         selected = {"test": "test", "none": "nothing"}.get(config.validation, "validation")
+        given = config.threshold not in ("fixed", "validation")
         self.notes = {
             "frame": opened.frame.to_dict(),
-            "threshold": 0.5,
-            "threshold_from": "fixed",
+            **({"styles": opened.styles, "style": config.style} if opened.styles else {}),
+            "threshold": float(config.threshold) if given else 0.5,
+            "threshold_from": "config" if given else "fixed",
             "trained_on": _names(opened.training_pairs),
             "selected_on": "nothing" if config.keep == "last" else selected,
         }

@@ -17,6 +17,8 @@ from torch import Tensor
 from retina_seg.fov import LARGEST_SIDE, fov_box, fov_diameter
 from retina_seg.utils import UserError
 
+NORMAL_MEAN, NORMAL_SPREAD = 128, 32  # grey levels: what `normalise` brings each channel to
+LOWEST_SPREAD = 0.5  # grey levels: below it there is only rounding to enlarge
 SAME_SCALE = 0.03  # within this an image is not resized: interpolation would cost more than it mends
 
 
@@ -30,6 +32,22 @@ def mask_to_tensor(mask: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mask)).unsqueeze(0).float() / 255
 
 
+def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
+    """Light, contrast and tint taken out: each channel at mean 128 and standard deviation 32 over the field of view.
+
+    Args:
+        image: (H, W, 3) uint8; fov: (H, W) bool.
+
+    Returns:
+        (H, W, 3) uint8, 0 outside the field of view. A channel without contrast is 128.
+    """
+    inside = fov.astype(np.uint8)
+    mean, spread = (value.ravel() for value in cv2.meanStdDev(image, mask=inside))
+    table = NORMAL_MEAN + (np.arange(256)[:, None] - mean) * NORMAL_SPREAD / np.maximum(spread, LOWEST_SPREAD)
+    table = np.clip(np.rint(table), 0, 255).astype(np.uint8)[None]
+    return cv2.LUT(image, table) * inside[:, :, None]
+
+
 @dataclass(frozen=True)
 class Placement:
     """How one image lies in a frame: `box` (top, left, bottom, right) is cut out of it and resized to `size`.
@@ -37,15 +55,19 @@ class Placement:
     Attributes:
         size: (height, width) in the frame, pixels.
         image_how, mask_how: OpenCV's interpolation for images and masks.
+        normalised: the field of view (H, W) bool that the image is normalised in; None: it is not.
     """
 
     box: tuple[int, int, int, int]
     size: tuple[int, int]
     image_how: int = cv2.INTER_LINEAR
     mask_how: int = cv2.INTER_LINEAR
+    normalised: np.ndarray | None = None
 
     def enter(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (h, w, 3) uint8 in the frame."""
+        if self.normalised is not None:
+            image = normalise(image, self.normalised)
         return self._enter(image, self.image_how)
 
     def enter_mask(self, mask: np.ndarray) -> np.ndarray:
@@ -102,10 +124,12 @@ class FovFrame:
         fov_diameter: what the diameter is brought to, pixels.
         largest_diameter: where given, a larger field of view is brought half way, to the geometric mean of its diameter
             and `fov_diameter`, but to no more than this: larger images show and label finer vessels.
+        normalise: whether light and colour are normalised inside the field of view (`normalise`).
     """
 
     fov_diameter: float
     largest_diameter: float | None = None
+    normalise: bool = False
     margin = 2  # strides of black around the image: the dark surround that the box cut off
 
     def working_diameter(self, diameter: float) -> float:
@@ -118,21 +142,23 @@ class FovFrame:
         top, left, bottom, right = box = fov_box(fov)
         diameter = max(fov_diameter(fov), 1.0)
         scale = self.working_diameter(diameter) / diameter
+        inside = fov if self.normalise and fov.any() else None
         if abs(scale - 1) <= SAME_SCALE:
-            return Placement(box, (bottom - top, right - left))
+            return Placement(box, (bottom - top, right - left), normalised=inside)
         size = (max(1, round((bottom - top) * scale)), max(1, round((right - left) * scale)))
-        if scale < 1:
-            return Placement(box, size, cv2.INTER_AREA, cv2.INTER_AREA)
-        return Placement(box, size, cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+        image_how, mask_how = (cv2.INTER_AREA,) * 2 if scale < 1 else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+        return Placement(box, size, image_how, mask_how, inside)
 
     def with_size(self, size: int) -> FovFrame:
         """The same for one diameter of `size` pixels."""
-        return FovFrame(size)
+        return FovFrame(size, normalise=self.normalise)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints keep them."""
-        largest = {} if self.largest_diameter is None else {"largest_diameter": self.largest_diameter}
-        return {"kind": "fov", "fov_diameter": self.fov_diameter, **largest}
+        value = {"kind": "fov", "fov_diameter": self.fov_diameter}
+        if self.largest_diameter is not None:
+            value["largest_diameter"] = self.largest_diameter
+        return value | ({"normalise": True} if self.normalise else {})
 
 
 Frame = ResizeFrame | FovFrame
@@ -146,7 +172,9 @@ def frame_from_dict(value: Any) -> Frame:
             if all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (height, width)):
                 return ResizeFrame(height, width)
         elif value["kind"] == "fov":
-            frame = FovFrame(value["fov_diameter"], value.get("largest_diameter"))
+            frame = FovFrame(
+                value["fov_diameter"], value.get("largest_diameter"), value.get("normalise", False) is True
+            )
             if 0 < frame.fov_diameter <= (frame.largest_diameter or frame.fov_diameter) <= LARGEST_SIDE:
                 return frame
     except (KeyError, TypeError, ValueError):
@@ -188,8 +216,13 @@ class Augmentation:
     cast: float = 0.12  # spread of each channel's gain on its own
     grey: float = 0.5  # largest share of colour taken away
     shade: float = 0.15  # spread of a smooth uneven illumination
+    haze: float = 0.0  # largest local loss of contrast, 0 to 1; in a third of the draws
+    channels: float = 0.0  # share of draws with channels lost, all alike, or in another order
     blur: float = 0.8  # largest Gaussian blur, pixels; in half of the draws
+    far_blur: float = 0.0  # largest Gaussian blur of a tenth of the draws, pixels
     noise: float = 0.03  # largest noise, share of full scale; in half of the draws
+    jpeg: float = 0.0  # share of draws that went through JPEG of quality 15 to 80
+    levels: float = 0.0  # share of draws with 8 to 48 grey levels, as in dark images
     recolour: float = 1.0  # share of draws whose light and colours are changed at all
     exact: float = 0.25  # share of draws that are only rotated by quarters and mirrored, without interpolation
 
@@ -254,6 +287,8 @@ def augment_geometry(
 def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:
     """Another camera's light and colours on (H, W, 3) float32 in [0, 1]; black stays black. The same shape and range."""
     side = image.shape[:2][::-1]
+    if how.channels and rng.random() < how.channels:
+        image = _change_channels(image, rng)
     grey = image.mean(axis=2, keepdims=True)
     image = image + rng.uniform(0, how.grey) * (grey - image)
     image = image ** np.float32(np.exp(rng.normal(0, how.gamma)))
@@ -267,8 +302,34 @@ def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generato
     if how.shade:
         field = cv2.resize(rng.normal(0, how.shade, (4, 4)).astype(np.float32), side, interpolation=cv2.INTER_CUBIC)
         image = image * np.exp(field)[..., None]
-    if how.blur and rng.random() < 0.5:
+    if how.haze and rng.random() < 1 / 3:
+        share = rng.uniform(0, rng.uniform(0, how.haze), (4, 4)).astype(np.float32)
+        image = image + cv2.resize(share, side)[..., None] * fade * (centre * gain - image)
+    if how.far_blur and rng.random() < 0.1:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, max(0.51, how.far_blur)))
+    elif how.blur and rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, max(0.21, how.blur)))
     if how.noise and rng.random() < 0.5:
         image = image + rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
-    return np.clip(image, 0, 1, dtype=np.float32)
+    image = np.clip(image, 0, 1, dtype=np.float32)
+    if how.jpeg and rng.random() < how.jpeg:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(15, 81))]
+        _, content = cv2.imencode(".jpg", np.rint(image * 255).astype(np.uint8), quality)
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR).astype(np.float32) / 255
+    if how.levels and rng.random() < how.levels:
+        count = np.float32(rng.uniform(8, 48))
+        image = np.clip(np.rint(image * count) / count, 0, 1)
+    return image
+
+
+def _change_channels(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One channel without contrast, only one with it, all as one of them, or another order; (H, W, 3) float32."""
+    kind, one = rng.integers(4), rng.integers(3)
+    lit = np.float32(NORMAL_MEAN / 255) * (image.max(axis=2, keepdims=True) > 0)
+    if kind == 0:
+        return np.where(np.arange(3) == (0, 2)[one % 2], lit, image)  # not green: it shows vessels best
+    if kind == 1:
+        return np.where(np.arange(3) == (1, 1, 0)[one], image, lit)
+    if kind == 2:
+        return np.repeat(image[:, :, [(1, 1, 0)[one]]], 3, axis=2)
+    return image[:, :, rng.permutation(3)]

@@ -65,17 +65,20 @@ class Segmenter:
         self.network = inference_network(self.model, self.device, self.precision)
 
     @classmethod
-    def load(cls, name: str | Path = "general", threshold: float | None = None, **options: Any) -> Segmenter:
+    def load(
+        cls, name: str | Path = "general", threshold: float | None = None, style: str | None = None, **options: Any
+    ) -> Segmenter:
         """The segmenter of a checkpoint file (also the original's plain state dict), a run's folder, or pretrained weights.
 
         Args:
             threshold: overrides the checkpoint's.
+            style: of labelling, a name in the checkpoint's "styles"; None: its default.
             options: the class's other arguments.
 
         Raises `UserError`: no such checkpoint, or one that does not load (`checkpoint.load_model`).
         """
         path = find_weights(name)
-        model, notes = load_model(path)
+        model, notes = load_model(path, style)
         frame, own = notes.get("frame"), notes.get("threshold", 0.5)
         try:
             frame = frame_from_dict(frame) if frame else None

@@ -32,6 +32,7 @@ class Pair:
     subject: str  # whose eye it is, else the photo: splits keep a person's two eyes on one side
     fov: Path | None = None  # the field of view, where the dataset has one
     mask_2nd: Path | None = None  # the second observer's mask, where the dataset has one
+    dataset: str = ""  # the name of its dataset's folder, in lower case
 
 
 @dataclass
@@ -111,11 +112,11 @@ def list_pairs(data: str | Path | Sequence[str | Path], part: str) -> list[Pair]
     if found.problems:
         more = len(found.problems) - 1
         raise UserError(found.problems[0] + (f" (and {more} more problems: retina-seg check)" if more else ""))
-    files = found.files
-    photos = photo_ids(root, part, files["image"])
+    images, masks, fov, mask_2nd = (found.files[kind] for kind in KINDS)
+    photos = photo_ids(root, part, images)
     return [
-        Pair(name, path, files["mask"][name], *photos[name], files["fov"].get(name), files["mask_2nd"].get(name))
-        for name, path in files["image"].items()
+        Pair(name, path, masks[name], *photos[name], fov.get(name), mask_2nd.get(name), root.name.lower())
+        for name, path in images.items()
     ]
 
 
