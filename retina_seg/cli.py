@@ -19,6 +19,7 @@ from typing import Any
 
 from retina_seg import __version__
 from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
+from retina_seg.sets.layout import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError
 
@@ -162,9 +163,13 @@ PROTOCOL = (
     "field of view"
 )
 RUNS = argument("runs", "folders of runs", nargs="+", metavar="RUN")
+STYLE = argument(
+    "--style", "label style: fine, balanced, bold or a training dataset's name (default: the checkpoint's)"
+)
 NETWORK = (
     argument("--working-size", "scale to this field-of-view diameter, pixels (default: the checkpoint's)", type=int),
     argument("--tta", "test-time augmentation: mean over 8 orientations (default: off)", action="store_true"),
+    STYLE,
     argument("--device", "cpu, cuda, …; auto: a GPU where there is one", "auto"),
 )
 FLOAT32, AUTO = (
@@ -173,7 +178,7 @@ FLOAT32, AUTO = (
     )
     for default in ("float32", "auto")
 )
-NETWORK_NAMES = ("working_size", "tta", "device", "precision")
+NETWORK_NAMES = ("working_size", "tta", "style", "device", "precision")
 
 
 @command(
@@ -194,7 +199,7 @@ def _predict(options: argparse.Namespace) -> int:
     from retina_seg.inference.segmenter import Segmenter
 
     path = find_weights(options.weights)
-    choices = _given(options, "threshold", "working_size", "tta")
+    choices = _given(options, "threshold", "working_size", "tta", "style")
     with process_group() as world:
         device = str(world.device(options.device))
         segmenter = Segmenter.load(path, device=device, precision=options.precision, **choices)
@@ -297,7 +302,7 @@ def _test(options: argparse.Namespace) -> None:
     if not options.run and (options.output is None or options.part == "validation"):
         missing = "--output" if options.output is None else "--run"
         raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out images")
-    names = (options.run, options.protocol, options.part, options.tta, options.working_size)
+    names = (options.run, options.protocol, options.part, options.tta, options.working_size, options.style)
     output, choices = options.output or default_output(*names), _given(options, *NETWORK_NAMES)
     source = options.run or options.checkpoint
     value = test(source, options.data, output, options.protocol, options.threshold, options.part, **choices)
@@ -334,6 +339,25 @@ def _threshold(options: argparse.Namespace) -> None:
     choices = _given(options, *NETWORK_NAMES)
     _say(*threshold(options.runs, options.data, options.output, options.protocol, **choices))
     _say(f"written to {options.output}: thresholds.csv, thresholds.png")
+
+
+@command(
+    "measure robustness: F1 on images that are dimmed, hazy, blurred, of another size, …",
+    "degrade --weights general --data Data1",
+    WEIGHTS,
+    DATA,
+    argument("--output", "folder for table and plot", "results/degraded"),
+    argument("--part", "validation: images that the run --weights held out", "test", choices=(*PARTS, "validation")),
+    argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float),
+    *NETWORK,
+    FLOAT32,
+)
+def _degrade(options: argparse.Namespace) -> None:
+    from retina_seg.analysis.degrade import degrade
+
+    choices = _given(options, "threshold", *NETWORK_NAMES)
+    _say(*degrade(options.weights, options.data, options.output, options.part, **choices))
+    _say(f"written to {options.output}: degrade.csv, degrade.png")
 
 
 @command(
@@ -386,11 +410,12 @@ def _synth(options: argparse.Namespace) -> None:
     "export --weights general --output vessels.onnx",
     WEIGHTS,
     argument("--output", "the file; its name ends in .onnx", required=True),
+    STYLE,
 )
 def _export(options: argparse.Namespace) -> None:
     from retina_seg.inference.export import export
 
-    difference = export(options.weights, options.output)
+    difference = export(options.weights, options.output, options.style)
     _say(f"written to {options.output}; its probabilities differ from torch's by at most {difference:.1g}")
 
 

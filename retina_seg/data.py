@@ -115,7 +115,7 @@ class PatchDataset(Dataset):
 
     Attributes:
         frame: the working frame of the patches. epoch: set it before each pass.
-        datasets: the datasets' names in order; `images` has (image, mask) pairs in the frame by these names.
+        datasets: the datasets' names, sorted; `images` has (image, mask) pairs in the frame by these names.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class PatchDataset(Dataset):
         for pair, (image, mask, fov) in zip(pairs, loaded, strict=True):
             place = self.frame.place(fov)
             self.images.setdefault(pair.dataset, []).append((place.enter(image), place.enter_mask(mask)))
-        self.datasets, self.styles = list(self.images), styles
+        self.datasets, self.styles = sorted(self.images), styles
         self.size, self.patches, self.how, self.seed = size, patches, how or Augmentation(), seed
         self.epoch = 0
 
@@ -157,26 +157,6 @@ class PatchDataset(Dataset):
             image = augment_colour(image, self.how, rng)
         channels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
         return torch.from_numpy(channels), mask_to_tensor(mask), *([dataset] if self.styles else [])
-
-    def label_styles(self) -> dict[str, list[float]]:
-        """Name of a style of labelling -> share of each dataset's logits.
-
-        Each dataset by its name; "balanced": all alike; "fine" and "bold": the third of the datasets whose masks have the
-        thinnest and the widest vessels, twice the area by the length of the edge, in the frame.
-        """
-
-        def width(name: str) -> float:
-            masks = [(mask > 127).astype(np.uint8) for _, mask in self.images[name]]
-            edges = sum(int(mask.sum()) - int(cv2.erode(mask, np.ones((3, 3))).sum()) for mask in masks)
-            return sum(int(mask.sum()) for mask in masks) / max(edges, 1)
-
-        order, third = sorted(self.datasets, key=width), max(1, len(self.datasets) // 3)
-        groups = {name: [name] for name in self.datasets} | {
-            "balanced": order,
-            "fine": order[:third],
-            "bold": order[-third:],
-        }
-        return {name: [(dataset in group) / len(group) for dataset in self.datasets] for name, group in groups.items()}
 
 
 class FrameDataset(Dataset):

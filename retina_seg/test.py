@@ -125,6 +125,7 @@ def test(
     what |= {"threshold_from": given, "selected_on": notes.get("selected_on", "unknown"), "images": len(pairs)}
     model = {"name": notes["model"], "parameters": count_parameters(segmenter.model), "checkpoint": str(checkpoint)}
     model |= {"epoch": notes.get("epoch"), "unfinished": _unfinished(path.parent), "frame": segmenter.frame.to_dict()}
+    model["style"] = options.get("style") or notes.get("style")
     speed = {"images_per_second": images_at_once(segmenter.device) / result["seconds"]}
     speed |= environment(segmenter.device, segmenter.precision)
     scores = {key: result[key] for key in ("frame", "fov", "second_observer", "images") if result[key]}
@@ -142,9 +143,12 @@ def test(
     return value
 
 
-def default_output(run: str | Path, protocol: str, part: str, tta: bool, working_size: int | None) -> Path:
+def default_output(
+    run: str | Path, protocol: str, part: str, tta: bool, working_size: int | None, style: str | None = None
+) -> Path:
     """The folder for the scores of `run`: its own for the original's protocol on test images, else one inside it."""
     unusual = {part: part != "test", protocol: protocol != "notebook", "tta": tta, str(working_size): working_size}
+    unusual |= {str(style): style}
     return Path(run, "-".join(name for name, here in unusual.items() if here))
 
 
@@ -185,6 +189,7 @@ def table(value: dict[str, Any]) -> str:
             lines.append(f"{who + ', ' + shown:<28}{numbers}")
     protocol, interval = value["protocol"], " to ".join(map(format_number, value["fov"]["ci95"]["f1"]))
     how = f"{protocol['size']}, threshold {protocol['threshold']:.2f} ({protocol['threshold_from']})"
+    how += f", style {value['model']['style']}" if value["model"].get("style") else ""
     lines.append(f"means over {protocol['images']} images, {how}; F1 in the field of view: 95 % interval {interval}")
     if protocol["selected_on"] == "test":
         lines.append("note: the epoch was chosen on the test images, as in the original: these scores are optimistic")

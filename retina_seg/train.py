@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from retina_seg import data
@@ -35,6 +35,7 @@ from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, se
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
+GROUPS = ("balanced", "fine", "bold")  # styles of labelling made of several datasets'
 
 
 class NotFinite(FloatingPointError):
@@ -138,7 +139,7 @@ class _Data:
     training_pairs: list[Pair]
     validation_pairs: list[Pair]
     frame: Frame
-    styles: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # as `PatchDataset.label_styles`
+    datasets: Sequence[str] = ()  # the names of its styles of labelling
 
 
 def split_set(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
@@ -178,7 +179,7 @@ def _open_data(config: TrainConfig, stride: int) -> _Data:
     frame = FovFrame(diameter, config.largest_diameter, normalise)
     datasets = patches.datasets if styles else []
     whole = data.FrameDataset(validation, frame, stride, datasets) if validation else None
-    return _Data(patches, whole, training, validation, frame, patches.label_styles() if styles else {})
+    return _Data(patches, whole, training, validation, frame, datasets)
 
 
 @dataclass
@@ -223,10 +224,10 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     seeding(config.seed)
     model = build_model(config.model, **config.model_arguments)
     opened = _open_data(config, model.stride)
-    if opened.styles:
-        if config.style not in opened.styles:
-            raise UserError(f"--style {config.style}: choose one of {', '.join(opened.styles)}")
-        arguments = {**config.model_arguments, "styles": len(opened.training.datasets)}
+    if opened.datasets:
+        if config.style not in (names := (*GROUPS, *opened.datasets)):
+            raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
+        arguments = {**config.model_arguments, "styles": len(opened.datasets)}
         config = dataclasses.replace(config, model_arguments=arguments)
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments)
@@ -285,7 +286,6 @@ class _Loop:
         given = config.threshold not in ("fixed", "validation")
         self.notes = {
             "frame": opened.frame.to_dict(),
-            **({"styles": opened.styles, "style": config.style} if opened.styles else {}),
             "threshold": float(config.threshold) if given else 0.5,
             "threshold_from": "config" if given else "fixed",
             "trained_on": _names(opened.training_pairs),
@@ -340,6 +340,8 @@ class _Loop:
             row["validation_loss"] = evaluate(self.kept, whole, self.loss_fn, self.device, self.precision, f1)
             row["validation_f1"] = torch.cat(f1).mean().item()
         row |= {"learning_rate": rate, "seconds": time.time() - start}
+        if self.opened.datasets and world.is_main:
+            self.notes |= {"styles": self._styles(), "style": config.style}
         state["history"].append(row)
         state["epoch"] += 1
         better = config.keep == "last" or row["validation_loss"] < state["best_loss"]
@@ -349,6 +351,23 @@ class _Loop:
             self._save(better)
         world.barrier()
         return epoch_line(row, better)
+
+    @torch.inference_mode()
+    def _styles(self) -> dict[str, list[float]]:
+        """Name of a style of labelling -> share of each dataset's logits.
+
+        A dataset's own by its name. Of all alike: "balanced". Of the third of them that finds the most and the least
+        vessels on the same patches: "fine" and "bold".
+        """
+        names, total = self.opened.datasets, torch.zeros(len(self.opened.datasets), device=self.device)
+        self.kept.eval()
+        some = Subset(self.opened.training, range(min(64, len(self.opened.training))))
+        for images, *_ in DataLoader(some, self.config.batch_size):
+            with autocast(self.device, self.precision):
+                total += torch.sigmoid(self.kept(images.to(self.device)).float()).sum((0, 2, 3))
+        order, third = [names[i] for i in total.argsort(descending=True)], max(1, len(names) // 3)
+        groups = dict(zip(GROUPS, (names, order[:third], order[-third:]), strict=True)) | {n: [n] for n in names}
+        return {name: [(n in group) / len(group) for n in names] for name, group in groups.items()}
 
     def _set_rate(self) -> None:
         factor = learning_rate_factor(self.state["step"], self.steps, self.config.warmup)

@@ -34,3 +34,22 @@ def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     fit(TrainConfig.notebook(data=str(tiny_set), output=str(folder), epochs=1, size=96), progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def styled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights and two styles of labelling, "a" and "b"; its default is their mean. Read only."""
+    import torch
+
+    from retina_seg.checkpoint import save_model
+    from retina_seg.model import FastAttentionUNet
+
+    arguments = {"width": 4, "deepest": 4, "fine": 4, "styles": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = FastAttentionUNet(**arguments)
+    styles = {"a": [1.0, 0.0], "b": [0.0, 1.0], "balanced": [0.5, 0.5]}
+    frame = {"kind": "fov", "fov_diameter": 64, "normalise": True}
+    path = tmp_path_factory.mktemp("weights") / "styled.pth"
+    save_model(path, model, "fast_attention_unet", arguments, frame=frame, styles=styles, style="balanced")
+    return path

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from retina_seg import cli, device
+from retina_seg.checkpoint import weights_id
 from retina_seg.fov import find_fov
 from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference import batch
@@ -237,6 +238,14 @@ def test_what_cannot_be_done_is_said(segmenter, images, tmp_path, inputs, taken,
     with pytest.raises(UserError, match=said):
         run(segmenter, [tmp_path / inputs], tmp_path / "out")
     assert (tmp_path / taken).read_text().startswith("my,own")
+
+
+def test_a_style_of_labelling_is_in_the_summary_and_another_is_segmented_again(images, tmp_path, styled, capsys):
+    arguments = ["predict", str(images), "--output", str(tmp_path / "out"), "--weights", str(styled)]
+    for options, noted in (((), ""), (("--style", "a"), " style=a")):
+        assert cli.main([*arguments, *options]) == 0 and "3 segmented" in capsys.readouterr().out
+        (used,) = {row["weights"] for row in read_csv(tmp_path / "out/summary.csv", COLUMNS)}
+        assert used == weights_id(styled) + noted
 
 
 def test_the_command_says_what_failed_and_exits_with_1(images, tmp_path, capsys):

@@ -47,6 +47,23 @@ def test_save_and_load_is_bit_equal_and_the_notes_are_kept(tmp_path):
     assert checkpoint.weights_id(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+def test_a_checkpoint_with_styles_loads_as_its_default_or_the_one_asked_for(tmp_path):
+    arguments = {**SMALL, "styles": 2}
+    model = shaken(build_model("fast_attention_unet", **arguments)).eval()
+    styles = {"fine": [1.0, 0.0], "bold": [0.0, 1.0], "balanced": [0.5, 0.5]}
+    path, x = tmp_path / "checkpoint.pth", torch.rand(1, 3, 16, 16)
+    save_model(path, model, "fast_attention_unet", arguments, styles=styles, style="bold")
+    with torch.no_grad():
+        every = model(x)
+        for style, expected in ((None, every[:, 1:]), ("fine", every[:, :1]), ("balanced", every.mean(1, True))):
+            loaded, notes = load_model(path, style)
+            assert torch.allclose(loaded(x), expected, atol=1e-5) and notes["style"] == (style or "bold")
+    with pytest.raises(UserError, match="--style thin: .*checkpoint.pth has fine, bold, balanced"):
+        load_model(path, "thin")
+    with pytest.raises(UserError, match="--style fine: .*drive.pth has no styles"):
+        load_model("drive", "fine")
+
+
 def test_a_plain_state_dict_of_the_original_loads(tmp_path):
     original = shaken(AttentionUNet())
     torch.save(original.state_dict(), tmp_path / "checkpoint.pth")  # as the original's notebook does

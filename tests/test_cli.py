@@ -20,7 +20,20 @@ from retina_seg.config import PRESETS, TrainConfig
 from retina_seg.images import read_image, write_image
 from retina_seg.sets.synthetic import write_set
 
-COMMANDS = ("predict", "run", "train", "test", "compare", "threshold", "prepare", "check", "synth", "export", "bench")
+COMMANDS = (
+    "predict",
+    "run",
+    "train",
+    "test",
+    "compare",
+    "threshold",
+    "degrade",
+    "prepare",
+    "check",
+    "synth",
+    "export",
+    "bench",
+)
 SMALL = ("--epochs", 1, "--size", 32, "--precision", "float32")
 
 
@@ -181,6 +194,13 @@ MISTAKES = [
     ("test --checkpoint drive --data {set}", "--output is needed"),
     ("test --run {folder}/nowhere --data {set}", "nowhere: no such checkpoint"),
     ("predict {empty} --output {out}", "no image"),
+    ("predict {set} --weights {styled} --style thin --output {out}", "styled.pth has a, b, balanced"),
+    ("export --weights {styled} --style thin --output {out}.onnx", "styled.pth has a, b, balanced"),
+    ("degrade --weights {styled} --style thin --data {set} --output {out}", "styled.pth has a, b, balanced"),
+    ("degrade --weights tiny --data {folder}/nowhere --output {out}", "nowhere: no such folder"),
+    ("degrade --weights tiny --data {set} --output {file}", "mine.pth: is a file"),
+    ("degrade --weights tiny --data {set} --part validation --output {out}", "tiny/config.json: cannot be read"),
+    ("degrade --weights tiny --data {set} --threshold 2 --output {out}", "--threshold 2"),
     ("prepare drive {folder}/nowhere {out}", "nowhere"),
     ("prepare drive {set} {out} --size tiny", "--size tiny: give a number"),
     ("synth {set}", "is not empty"),
@@ -190,8 +210,10 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "said"), MISTAKES)
-def test_a_mistake_is_one_line_that_names_it(command, said, tiny_set, tmp_path, capsys):
-    names = {"folder": tmp_path, "set": tiny_set} | {name: tmp_path / name for name in ("out", "empty")}
+def test_a_mistake_is_one_line_that_names_it(command, said, tiny_set, styled, tmp_path, capsys):
+    names = {"folder": tmp_path, "set": tiny_set, "styled": styled} | {
+        name: tmp_path / name for name in ("out", "empty")
+    }
     names |= {"file": tmp_path / "mine.pth", "other": tmp_path / "other.pth"}
     names["empty"].mkdir()
     names["file"].write_text("mine")

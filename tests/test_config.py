@@ -61,6 +61,9 @@ REFUSED = [
     ({"frame": "oval"}, "--frame oval: choose one of resize, fov"),
     ({"keep": "best", "validation": "none"}, "--keep best needs .*; add --validation photos"),
     ({"threshold": "validation", "validation": "test"}, "--threshold validation needs .*; add --validation photos"),
+    ({"threshold": "1.5"}, "--threshold 1.5: must lie between 0 and 1"),
+    ({"threshold": "high"}, "--threshold high: must lie between 0 and 1"),
+    ({"styles": "datasets"}, "--styles datasets: needs --frame fov"),
     ({"data": []}, "data \\[\\]"),
     ({"output": None}, "output None"),
 ]

@@ -1,6 +1,7 @@
 """Datasets on disk, pairs, which files show one photo, splits without leaks, and the torch datasets."""
 
 import csv
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -317,7 +318,7 @@ def test_images_are_scaled_to_the_median_diameter_unless_one_is_given(three):
     for diameter in (81.0, 50.0):
         dataset = PatchDataset(three, diameter, 32, 3)
         assert dataset.frame == FovFrame(diameter)
-        for image, mask in dataset.images:
+        for image, mask in dataset.images[""]:
             assert image.shape[:2] == mask.shape and (image.dtype, mask.dtype) == (np.uint8, np.uint8)
             assert abs(fov_diameter(image.max(axis=2) > 0) / diameter - 1) < 0.04
     for impossible in (0.0, 1e9, float("nan")):
@@ -359,6 +360,20 @@ def test_the_images_take_turns_from_one_epoch_to_the_next(tmp_path):
     for dataset.epoch in range(2):
         seen += [round((dataset[i][0].max().item() * 255 - 40) / 80) for i in range(4)]
     assert seen == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_datasets_take_turns_however_many_images_they_have(three, tmp_path):
+    pairs = [replace(three[0], dataset="one"), *(replace(pair, dataset="two") for pair in three[1:])]
+    dataset = PatchDataset(pairs, None, 32, 4, Augmentation(exact=1, recolour=0, flip=False), styles=True)
+    assert dataset.datasets == ["one", "two"] and [len(images) for images in dataset.images.values()] == [1, 2]
+    assert [dataset[i][2] for i in range(4)] == [0, 1, 0, 1]
+    for level, source in enumerate([*dataset.images["one"], *dataset.images["two"]], 1):
+        source[0][:] = level
+    levels = [round(dataset[i][0].max().item() * 255) for i in range(4)]
+    dataset.epoch = 1
+    assert levels + [round(dataset[i][0].max().item() * 255) for i in range(2)] == [1, 2, 1, 3, 1, 2]
+    whole = FrameDataset(pairs, dataset.frame, 8, dataset.datasets)
+    assert [whole[i][2] for i in range(3)] == [0, 1, 1]
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(three):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from retina_seg.checkpoint import save_model
+from retina_seg.checkpoint import load_model, save_model
 from retina_seg.images import read_grey, write_image
 from retina_seg.inference import export
 from retina_seg.inference.segmenter import Segmenter
@@ -46,6 +46,21 @@ def test_onnxruntime_predicts_what_torch_predicts_at_any_size(name, frame, expec
     values = session.get_modelmeta().custom_metadata_map
     expected = {**expected, "threshold": "0.3", "stride": str(model.stride), "channel_order": "BGR"}
     assert values.items() >= expected.items() and "not a medical device" in values["notice"]
+
+
+@pytest.mark.parametrize("style", [None, "b"])
+def test_the_file_predicts_in_the_style_asked_for_and_names_all(style, styled, tmp_path):
+    assert export.export(styled, tmp_path / "vessels.onnx", style) < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "vessels.onnx")
+    values = session.get_modelmeta().custom_metadata_map
+    assert (values["style"], values["styles"]) == (style or "balanced", "a, b, balanced")
+    assert "mean 128 and standard deviation 32" in values["normalise"]
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        results = {name: torch.sigmoid(load_model(styled, name)[0](x)).numpy() for name in ("a", "b", "balanced")}
+    (result,) = session.run(None, {"image": x.numpy()})
+    near = [name for name, expected in results.items() if np.abs(result - expected).max() < 1e-4]
+    assert near == [style or "balanced"]
 
 
 WITHOUT_TORCH = """

@@ -258,6 +258,18 @@ def test_the_fast_network_at_other_widths_has_the_published_parameters(arguments
         assert model(image(1, 3, 24, 40)).shape == (1, 1, 24, 40)
 
 
+@pytest.mark.parametrize("fine", [0, 3])
+def test_mixed_styles_are_the_weighted_sum_of_their_logits(fine):
+    model = shaken(build_model("fast_attention_unet", width=4, deepest=4, fine=fine, styles=3)).eval()
+    x, shares = image(2, 3, 24, 16), [0.5, 0.0, 0.25]
+    with torch.no_grad():
+        every = model(x)
+        model.mix_styles(shares)
+        mixed = model(x)
+    assert every.shape == (2, 3, 24, 16) and mixed.shape == (2, 1, 24, 16)
+    assert torch.allclose(mixed[:, 0], 0.5 * every[:, 0] + 0.25 * every[:, 2], atol=1e-5) and mixed.std() > 1e-3
+
+
 def test_the_fast_network_sees_single_pixels(fast):
     # half the resolution inside, but no pixel is thrown away: each of four neighbours changes the logits in its own way
     x = torch.full((1, 3, 16, 16), 0.5)

@@ -175,7 +175,7 @@ def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")} == files
     assert read_image(tmp_path / "images" / "0.png").shape == (512, 3 * 512 + 20, 3)
     assert [written["protocol"][key] for key in ("selected_on", "size", "images")] == ["test", "512x512", 2]
-    assert [written["model"][key] for key in ("parameters", "epoch", "unfinished")] == [664_071, 1, None]
+    assert [written["model"][key] for key in ("parameters", "epoch", "unfinished", "style")] == [664_071, 1, None, None]
     assert written["model"]["frame"] == {"kind": "resize", "size": [96, 96]}
     by_image = [image["fov"]["f1"] for image in written["images"]]
     assert written["fov"]["mean"]["f1"] == pytest.approx(np.mean(by_image))
@@ -201,6 +201,17 @@ def test_scores_of_an_unfinished_training_say_so(tiny_run, tiny_set, tmp_path):
     assert value["model"]["epoch"] == 1 and "note: the training is not finished: 1 of 3 epochs" in table(value)
 
 
+def test_a_style_of_labelling_is_noted_with_its_own_scores(styled, tiny_set, tmp_path):
+    values = [
+        test(styled, tiny_set, tmp_path / str(style), "native", 0.4, style=style, progress=False, pictures=False)
+        for style in (None, "a", "b")
+    ]
+    assert [value["model"]["style"] for value in values] == ["balanced", "a", "b"]
+    assert len({value["fov"]["mean"]["auc"] for value in values}) == 3 and ", style b;" in table(values[2])
+    with pytest.raises(UserError, match="--style thin: .*styled.pth has a, b, balanced"):
+        test(styled, tiny_set, tmp_path / "thin", style="thin")
+
+
 def test_undefined_scores_are_null_not_zero(tiny_run, tmp_path):
     for part, pixels in (("image", np.full((32, 32, 3), 90, np.uint8)), ("mask", np.zeros((32, 32), np.uint8))):
         (tmp_path / "set/test" / part).mkdir(parents=True)
@@ -214,6 +225,7 @@ def test_undefined_scores_are_null_not_zero(tiny_run, tmp_path):
 def test_the_folder_of_scores_names_what_is_unusual():
     assert default_output("run", "notebook", "test", False, None).parts == ("run",)
     assert default_output("run", "native", "validation", True, 600).parts == ("run", "validation-native-tta-600")
+    assert default_output("run", "native", "test", False, None, "fine").parts == ("run", "native-fine")
 
 
 @pytest.mark.real

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -22,9 +23,9 @@ from retina_seg.checkpoint import LAST, load_checkpoint, load_last
 from retina_seg.config import TrainConfig
 from retina_seg.data import DriveDataset, PatchDataset, list_pairs
 from retina_seg.device import training_layout
-from retina_seg.images import read_grey, write_image
+from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference.segmenter import Segmenter
-from retina_seg.loss import DiceBCELoss
+from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import attention_unet
 from retina_seg.sets.layout import load_with_fov, mask_remarks
 from retina_seg.train import NotFinite, evaluate, fit, split_set, train
@@ -196,6 +197,35 @@ def test_the_threshold_is_chosen_on_held_out_images_and_stored(tiny_set, tmp_pat
     probability = Segmenter(run.model, frame_from_dict(notes["frame"]), precision="float32")(image)[fov]
     f1 = [f1_score(mask[fov] > 127, probability > t / 100, zero_division=0) for t in range(1, 100)]
     assert notes["threshold"] == pytest.approx((1 + f1.index(max(f1))) / 100)
+
+
+def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
+    shutil.copytree(tiny_set, tmp_path / "All")
+    for path in (tmp_path / "All" / "train" / "mask").iterdir():
+        write_image(path, np.full_like(read_grey(path), 255))
+    data = [str(tmp_path / "All"), str(tiny_set)]
+    how = {"styles": "datasets", "normalise": "fov", "threshold": "0.4", "style": "all", "epochs": 12, "patches": 8}
+    config = tiny(tiny_set, tmp_path / "run", **how, ema=0.5, augmentation={"recolour": 0})
+    config = dataclasses.replace(config, data=data)
+    run = fit(config, progress=False)
+    notes = load_checkpoint(run.folder / "checkpoint.pth")
+    assert notes["arguments"]["styles"] == 2 and "styles" not in config.model_arguments
+    alone = {"all": [1.0, 0.0], "tiny": [0.0, 1.0]}
+    assert notes["styles"] == {"balanced": [0.5, 0.5], "fine": [1.0, 0.0], "bold": [0.0, 1.0], **alone}
+    assert (notes["threshold"], notes["threshold_from"], notes["frame"]["normalise"]) == (0.4, "config", True)
+    image = read_image(list_pairs(tiny_set, "train")[0].image)
+    default, own = (Segmenter.load(run.folder, style=style)(image).mean() for style in (None, "tiny"))
+    assert default > own + 0.01
+    with pytest.raises(UserError, match="--style thin: choose one of balanced, fine, bold, all, tiny"):
+        fit(dataclasses.replace(config, style="thin", output=str(tmp_path / "other")), progress=False)
+
+
+def test_the_styles_images_count_by_their_own_logits_alone():
+    logits, masks = torch.randn(2, 3, 4, 4), torch.randint(0, 2, (2, 1, 4, 4)).float()
+    f1 = []
+    loss = evaluate(nn.Identity(), [(logits, masks, torch.tensor([2, 0]))], dice_bce_loss, "cpu", f1=f1)
+    own = torch.stack([logits[0, 2:], logits[1, :1]])
+    assert loss == pytest.approx(dice_bce_loss(own, masks).item()) and len(f1[0]) == 2
 
 
 def test_one_seed_one_result_and_another_seed_another(tiny_set, tmp_path):

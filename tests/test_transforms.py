@@ -16,6 +16,7 @@ from retina_seg.transforms import (
     augment_geometry,
     frame_from_dict,
     mask_to_tensor,
+    normalise,
     pad_to_stride,
     to_tensor,
 )
@@ -86,6 +87,29 @@ def test_larger_fields_of_view_are_brought_half_way():
     assert frame.place(box_fov((200, 200), 0, 0, 144, 100)).size == (120, 83)
     assert FovFrame(100).working_diameter(400) == 100
     assert FovFrame(100).place(np.zeros((50, 60), bool)) == Placement((0, 0, 50, 60), (83, 100), cv2.INTER_CUBIC)
+
+
+@pytest.mark.parametrize("gain, shift", [(1.0, 0), (0.2, 0), (0.5, 90), (0.6, 3)])
+def test_light_haze_and_tint_are_normalised_away_inside_the_field_of_view(gain, shift):
+    rng, fov = np.random.default_rng(0), box_fov((40, 50), 4, 6, 36, 44)
+    scene = rng.normal([120, 90, 60], [25, 20, 15], (40, 50, 3)).clip(20, 200)
+    seen = np.rint(scene * gain * [1.0, 0.9, 0.7] + shift).astype(np.uint8)
+    image = normalise(seen, fov)
+    assert image.dtype == np.uint8 and not image[~fov].any()
+    assert np.allclose(image[fov].mean(axis=0), 128, atol=1) and np.allclose(image[fov].std(axis=0), 32, atol=1)
+    expected = 128 + 32 * (scene - scene[fov].mean(axis=0)) / scene[fov].std(axis=0)
+    assert np.abs(image - expected)[fov].mean() < 4  # what rounding leaves
+
+
+def test_a_channel_without_contrast_is_grey_and_the_frame_normalises_before_it_scales():
+    fov, image = box_fov((40, 50), 4, 6, 36, 44), noise(40, 50, 3)
+    image[..., 2] = 0
+    assert (normalise(image, fov)[fov][:, 2] == 128).all()
+    placement = FovFrame(20, normalise=True).place(fov)
+    expected = FovFrame(20).place(fov).enter(normalise(image, fov))
+    assert np.array_equal(placement.enter(image), expected) and expected.any()
+    black = np.zeros_like(image)
+    assert not FovFrame(20, normalise=True).place(np.zeros((40, 50), bool)).enter(black).any()
 
 
 def test_frames_travel_as_plain_values_and_nonsense_is_refused():

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from retina_seg import __version__
-from retina_seg.checkpoint import find_weights, weights_id
+from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.inference.segmenter import Segmenter, image_batch
 from retina_seg.sets.synthetic import synthetic_image
-from retina_seg.transforms import ResizeFrame
+from retina_seg.transforms import NORMAL_MEAN, NORMAL_SPREAD, ResizeFrame
 from retina_seg.utils import UserError, atomic_write, create_dir
 
 LARGEST_DIFFERENCE = 1e-4  # in probability; rounding makes a few millionths
@@ -25,15 +25,19 @@ INSTALL = 'pip install --upgrade "retina_seg[onnx]"'
 CHECKED_SIZES = ((1, 16, 24), (2, 31, 17), (1, 50, 62))  # images, their height and width in strides
 
 
-def export(weights: str | Path, output: str | Path) -> float:
+def export(weights: str | Path, output: str | Path, style: str | None = None) -> float:
     """Write a network to the ONNX file `output`, whole or not at all; a file of that name is replaced.
 
-    `weights` are a pretrained name, a checkpoint file or a run's folder. Returns the largest difference in probability
-    between onnxruntime and torch, on synthetic images of `CHECKED_SIZES`. Raises `UserError`: weights that do not load,
-    NaN, a file that is unwritable or not .onnx, missing packages, a difference that is too large.
+    `weights` are a pretrained name, a checkpoint file or a run's folder; `style` as in `Segmenter.load`. Returns the
+    largest difference in probability between onnxruntime and torch, on synthetic images of `CHECKED_SIZES`. Raises
+    `UserError`: weights that do not load, no such style, NaN, a file that is unwritable or not .onnx, missing packages, a
+    difference that is too large.
     """
     checkpoint, output = find_weights(weights), Path(output)
-    segmenter = Segmenter.load(checkpoint, device="cpu", precision="float32")
+    segmenter = Segmenter.load(checkpoint, style=style, device="cpu", precision="float32")
+    values, notes = metadata(segmenter, weights_id(checkpoint)), load_checkpoint(checkpoint)
+    if styles := notes.get("styles"):
+        values |= {"style": style or notes["style"], "styles": ", ".join(styles)}
     if output.suffix.lower() != ".onnx":  # so that no image or checkpoint is replaced by mistake
         raise UserError(f"--output {output}: must end in .onnx")
     if output.is_dir():
@@ -41,7 +45,7 @@ def export(weights: str | Path, output: str | Path) -> float:
     create_dir(output.parent)
     with atomic_write(output) as temporary:
         temporary.touch()  # a folder that may not be written to is found before the work
-        content = _onnx_file(segmenter.model, metadata(segmenter, weights_id(checkpoint)))
+        content = _onnx_file(segmenter.model, values)
         difference = _difference(content, segmenter.model)
         if not difference < LARGEST_DIFFERENCE:
             raise UserError(f"{output}: not written, as onnxruntime differs from torch by {difference:.2g}; {INSTALL}")
@@ -57,6 +61,9 @@ def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
     else:  # "margin" is of black around the box of the field of view
         largest = frame.largest_diameter or frame.fov_diameter
         sizes = {"fov_diameter": frame.fov_diameter, "largest_diameter": largest, "margin": frame.margin * stride}
+        if frame.normalise:
+            to = f"mean {NORMAL_MEAN} and standard deviation {NORMAL_SPREAD} of 0 to 255"
+            sizes["normalise"] = f"each channel to {to} over the field of view; 0 outside it"
     values = {
         "notice": "For learning and research; not a medical device.",
         "retina_seg_version": __version__,

@@ -1,4 +1,4 @@
-"""How a dataset is scored, and the one loop from its pairs to predictions: for test, threshold and training."""
+"""How a dataset is scored, and the one loop from its pairs to predictions: for test, threshold, degrade, training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sample:
     """A pair at its protocol's size, with its prediction."""
 
     name: str
-    image: np.ndarray  # (H, W, 3) uint8 RGB
+    image: np.ndarray  # (H, W, 3) uint8 RGB; as it was degraded
     mask: np.ndarray  # ground truth, (H, W) bool
     fov: np.ndarray  # field of view, (H, W) bool
     second_observer: np.ndarray | None  # (H, W) bool; None: the dataset has none
@@ -59,9 +59,16 @@ class Sample:
 
 
 def predict_pairs(
-    segmenter: Segmenter, pairs: Iterable[Pair], protocol: Protocol, then: Callable = lambda sample: sample
+    segmenter: Segmenter,
+    pairs: Iterable[Pair],
+    protocol: Protocol,
+    then: Callable = lambda sample: sample,
+    degrade: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[Any]:
     """`then` of the `Sample` of every pair, in order, worked out several at a time in threads.
+
+    `degrade` changes an image (H, W, 3) uint8 RGB, given it and its field of view (H, W) bool; maybe its size too. The
+    segmenter then finds the field of view in the result. The probability is resized to the mask.
 
     Raises `UserError`: a file that cannot be read, sizes that differ; as `Segmenter`.
     """
@@ -72,7 +79,8 @@ def predict_pairs(
         if masks[-1].shape != mask.shape:
             raise UserError(f"{pair.mask_2nd}: differs in size from its image {pair.image}")
         # the network measures an image by its own search for the field of view; done here already where it finds the same
-        known = fov if pair.fov is None else None
+        known = fov if pair.fov is None and degrade is None else None
+        image = image if degrade is None else degrade(image, fov)
         if protocol.size not in (None, mask.shape):
             known = None
             image, *masks = (cv2.resize(array, protocol.size[::-1]) for array in (image, *masks))
@@ -83,6 +91,9 @@ def predict_pairs(
         except UserError as error:
             raise UserError(f"{pair.image}: {error}") from None
         seconds = time.perf_counter() - start
+        if probability.shape != mask.shape:
+            how = cv2.INTER_AREA if probability.size > mask.size else cv2.INTER_LINEAR
+            probability = cv2.resize(probability, mask.shape[::-1], interpolation=how)
         return then(Sample(pair.name, image, mask, fov, second[0] if second else None, probability, seconds))
 
     with memory_kept():
