@@ -68,8 +68,7 @@ class DriveDataset(Dataset):
         size: (height, width) that image and mask are resized to bilinearly, aspect ratio not kept, as the original's
             preparation did; None (the original) takes them as they are.
 
-    Raises:
-        UserError: the lists differ in length or are empty; on access, a file that cannot be read or a pair of two sizes.
+    Raises `UserError`: the lists differ in length or are empty; on access, a file that cannot be read or a pair of two sizes.
     """
 
     def __init__(
@@ -101,17 +100,12 @@ class PatchDataset(Dataset):
     on (seed, epoch, i) alone, so any number of loader workers gives the same items, and an epoch can be repeated on its own.
 
     Args:
-        pairs: the images.
         diameter: the field of view's diameter that images are scaled to, pixels; None: the median of these images.
         size: side of the patches, pixels.
         patches: how many make an epoch.
-        how: the augmentation.
-        seed: of the draws.
         normalise: whether the frame normalises light and colour (`transforms.normalise`).
-        styles: whether items tell their dataset.
 
-    Raises:
-        UserError: a file cannot be read, a pair of two sizes, a diameter that cannot be.
+    Raises `UserError`: a file cannot be read, a pair of two sizes, a diameter that cannot be.
 
     Attributes:
         frame: the working frame of the patches. epoch: set it before each pass.
@@ -163,8 +157,6 @@ class FrameDataset(Dataset):
     """Whole images in a working frame, as inference sees them, for validation: items as `PatchDataset`'s, of any size.
 
     Args:
-        pairs: the images.
-        frame: the working frame.
         stride: height and width are padded with black to multiples of it.
         datasets: where given, items tell the number of their dataset in this list.
     """

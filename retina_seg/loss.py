@@ -19,11 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def _same_shape(logits: Tensor, targets: Tensor) -> None:
-    if logits.shape != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")
-
-
 def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
     """Dice loss over the whole batch.
 
@@ -35,10 +30,13 @@ def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
     Returns:
         A scalar tensor in [0, 1), float32 (sums of many pixels overflow the precision of bfloat16).
 
+    Raises `ValueError`: the shapes differ.
+
     >>> round(dice_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])).item(), 6)  # 1 - (2*0.5 + 1) / (1 + 1 + 1)
     0.333333
     """
-    _same_shape(logits, targets)
+    if logits.shape != targets.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")
     probability = torch.sigmoid(logits.float()).flatten()
     targets = targets.float().flatten()
     overlap = (probability * targets).sum()
@@ -46,14 +44,13 @@ def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
 
 
 def dice_bce_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
-    """`dice_loss` plus the mean binary cross-entropy; arguments and result as there, in [0, inf).
+    """`dice_loss` plus the mean binary cross-entropy; arguments, errors and result as there, in [0, inf).
 
     >>> round(dice_bce_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])).item(), 6)  # 1/3 + log 2
     1.02648
     """
-    _same_shape(logits, targets)
-    bce = F.binary_cross_entropy_with_logits(logits.float(), targets.float())
-    return dice_loss(logits, targets, smooth) + bce
+    dice = dice_loss(logits, targets, smooth)
+    return dice + F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
 class DiceLoss(nn.Module):

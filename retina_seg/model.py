@@ -18,19 +18,23 @@ from torch import Tensor, nn
 from retina_seg.utils import UserError
 
 
+def _conv_norm(in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> nn.Sequential:
+    """A convolution that keeps height and width, then batch normalisation."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+
+
+def _conv_norm_relu(in_channels: int, out_channels: int, bias: bool = True) -> nn.Sequential:
+    return _conv_norm(in_channels, out_channels, bias=bias).append(nn.ReLU(inplace=True))
+
+
 class ConvBlock(nn.Module):
     """Two 3x3 convolutions, each with batch normalisation and ReLU: (N, in, H, W) -> (N, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        first, second = _conv_norm_relu(in_channels, out_channels), _conv_norm_relu(out_channels, out_channels)
+        self.conv = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -65,15 +69,10 @@ class AttentionGate(nn.Module):
     def __init__(self, in_channels: Sequence[int], out_channels: int, query_kernel: int = 3) -> None:
         super().__init__()
         gate, skip = in_channels
-        self.Wg = self._conv_norm(gate, out_channels, query_kernel)
-        self.Ws = self._conv_norm(skip, out_channels, query_kernel)
-        self.Wv = self._conv_norm(gate + skip, out_channels, 3)
+        self.Wg = _conv_norm(gate, out_channels, query_kernel)
+        self.Ws = _conv_norm(skip, out_channels, query_kernel)
+        self.Wv = _conv_norm(gate + skip, out_channels)
         self.output = nn.Sequential(nn.Conv2d(out_channels, out_channels, 1), nn.Sigmoid())
-
-    @staticmethod
-    def _conv_norm(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
-        convolution = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-        return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
     def attention(self, gate: Tensor, skip: Tensor) -> Tensor:
         """The weights a, (N, out, H, W) in (0, 1)."""
@@ -200,14 +199,12 @@ class FastAttentionUNet(nn.Module):
         super().__init__()
         w1, w2, w3 = width, 2 * width, deepest
         self.unshuffle = nn.PixelUnshuffle(2)
-        self.stem = self._conv_norm_relu(12, w1)
+        self.stem = _conv_norm_relu(12, w1, bias=False)
         self.e1 = ResidualBlock(w1)
-        self.down1 = self._conv_norm_relu(w1, w2)
+        self.down1 = _conv_norm_relu(w1, w2, bias=False)
         self.e2 = ResidualBlock(w2)
-        self.down2 = self._conv_norm_relu(w2, w3)
-        self.b1 = nn.Sequential(
-            ResidualBlock(w3, 1, dropout), ResidualBlock(w3, 2, dropout), ResidualBlock(w3, 4, dropout)
-        )
+        self.down2 = _conv_norm_relu(w2, w3, bias=False)
+        self.b1 = nn.Sequential(*(ResidualBlock(w3, dilation, dropout) for dilation in (1, 2, 4)))
         self.pool = nn.MaxPool2d(2)
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
         self.ag1 = AttentionGate([w3, w2], w2, query_kernel=1)
@@ -217,15 +214,7 @@ class FastAttentionUNet(nn.Module):
         self.head = nn.Conv2d(w1, 4 * (fine or styles), 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
         last = nn.Conv2d(fine, styles, 3, padding=1) if fine else None
-        self.fine = FinePath(self._conv_norm_relu(fine + 3, fine), last) if fine else None
-
-    @staticmethod
-    def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        self.fine = FinePath(_conv_norm_relu(fine + 3, fine, bias=False), last) if fine else None
 
     def forward(self, x: Tensor) -> Tensor:
         check_multiple(x, self.stride)
@@ -240,16 +229,10 @@ class FastAttentionUNet(nn.Module):
     def mix_styles(self, shares: Sequence[float]) -> None:
         """Replace the logits of the styles by one, their sum weighted by `shares`: the last convolution is linear."""
         last = self.head if self.fine is None else self.fine[-1]
-        group = last.out_channels // len(shares)
-        mixed = nn.Conv2d(last.in_channels, group, 3, padding=1)
-        with torch.no_grad():
-            for name in ("weight", "bias"):
-                value = getattr(last, name).unflatten(0, (len(shares), group))
-                getattr(mixed, name).copy_(torch.tensordot(torch.tensor(shares), value, dims=1))
-        if self.fine is None:
-            self.head = mixed
-        else:
-            self.fine[-1] = mixed
+        last.out_channels //= len(shares)
+        for name in ("weight", "bias"):
+            values = getattr(last, name).detach().unflatten(0, (len(shares), last.out_channels))
+            setattr(last, name, nn.Parameter(torch.tensordot(torch.tensor(shares), values, dims=1)))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from retina_seg import visualize
 from retina_seg.checkpoint import find_weights, load_checkpoint
-from retina_seg.config import TrainConfig
+from retina_seg.config import TrainConfig, check_threshold
 from retina_seg.data import Pair, list_pairs
 from retina_seg.device import environment, images_at_once
 from retina_seg.images import read_image, write_image
@@ -59,8 +59,7 @@ def score_pairs(
     """
     how = get_protocol(protocol)
     threshold = threshold if threshold is not None else how.threshold or segmenter.threshold
-    if not 0 < threshold < 1:
-        raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
+    check_threshold(threshold)
     folder = None if pictures is None else create_dir(pictures)
 
     def score(sample: Sample) -> tuple:

@@ -1,8 +1,4 @@
-"""Training: one pass over a loader, and the loop with its run folder (the original's `train` notebook).
-
-`train` and `evaluate` are the original's: one pass, the mean loss over batches. `fit` is the loop around them, the same
-for notebooks, command and tests.
-"""
+"""Training: one pass over a loader (`train`, `evaluate`), as the original's notebook; and the loop around them, `fit`."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from retina_seg import data
-from retina_seg.checkpoint import LAST, check_run_folder, load_last, load_model, save_last, save_model
+from retina_seg.checkpoint import LAST, check_run_folder, load_checkpoint, load_last, load_model, save_last, save_model
 from retina_seg.config import TrainConfig
 from retina_seg.device import autocast, choose_precision, environment, memory_kept, out_of_memory, training_layout
 from retina_seg.distributed import World, set_epoch
@@ -157,9 +153,7 @@ def _open_data(config: TrainConfig, stride: int) -> _Data:
         # the original's order, a sorted glob (10 before 2): with its seed and torch's shuffle, its batches too
         training, validation = (sorted(part, key=lambda pair: pair.image.name) for part in (training, validation))
         datasets = [
-            data.DriveDataset([pair.image for pair in part], [pair.mask for pair in part], (side, side))
-            if part
-            else None
+            data.DriveDataset([p.image for p in part], [p.mask for p in part], (side, side)) if part else None
             for part in (training, validation)
         ]
         return _Data(*datasets, training, validation, ResizeFrame(side, side))
@@ -184,19 +178,12 @@ def _open_data(config: TrainConfig, stride: int) -> _Data:
 
 @dataclass
 class Run:
-    """What `fit` gives back.
-
-    Attributes:
-        folder: the run's folder.
-        history: a row an epoch, as in history.csv.
-        best: the epoch whose weights were kept, from 1 on.
-        model: the network with the kept weights, in evaluation mode.
-    """
+    """What `fit` gives back."""
 
     folder: Path
-    history: list[dict[str, float]]
-    best: int
-    model: nn.Module
+    history: list[dict[str, float]]  # a row an epoch, as in history.csv
+    best: int  # the epoch whose weights were kept, from 1 on
+    model: nn.Module  # with the kept weights, in evaluation mode
 
 
 def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world: World | None = None) -> Run:
@@ -227,8 +214,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     if opened.datasets:
         if config.style not in (names := (*GROUPS, *opened.datasets)):
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
-        arguments = {**config.model_arguments, "styles": len(opened.datasets)}
-        config = dataclasses.replace(config, model_arguments=arguments)
+        config = dataclasses.replace(config, model_arguments=config.model_arguments | {"styles": len(opened.datasets)})
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments)
     loop = _Loop(config, opened, model, device, world)
@@ -245,9 +231,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     try:
         with contextlib.closing(bar), memory_kept(), out_of_memory("lower --batch-size or --size"):
             while number <= config.epochs:
-                line = loop.epoch(bar)
-                if progress:
-                    tqdm.write(line)
+                loop.epoch(bar)
                 number += 1
     except KeyboardInterrupt as stop:
         command = "retina-seg" if world.size == 1 else f"torchrun --nproc_per_node={world.size} -m retina_seg"
@@ -282,13 +266,13 @@ class _Loop:
         self.loader = DataLoader(opened.training, config.batch_size, sampler=self.sampler, num_workers=workers)
         self.steps = config.epochs * len(self.loader)
         self.state: dict[str, Any] = {"epoch": 0, "step": 0, "best": 0, "best_loss": math.inf, "history": []}
-        selected = {"test": "test", "none": "nothing"}.get(config.validation, "validation")
+        selected = "test" if config.validation == "test" else "validation"
         given = config.threshold not in ("fixed", "validation")
         self.notes = {
             "frame": opened.frame.to_dict(),
             "threshold": float(config.threshold) if given else 0.5,
             "threshold_from": "config" if given else "fixed",
-            "trained_on": _names(opened.training_pairs),
+            "trained_on": natural_sort({pair.name for pair in opened.training_pairs}),
             "selected_on": "nothing" if config.keep == "last" else selected,
         }
 
@@ -302,13 +286,13 @@ class _Loop:
             "processes": self.world.size,
             "frame": self.notes["frame"],
             "training": self.notes["trained_on"],
-            "validation": _names(self.opened.validation_pairs),
+            "validation": natural_sort({pair.name for pair in self.opened.validation_pairs}),
             "environment": environment(self.device, self.precision),
         }
         write_json(self.folder / "config.json", value)
 
-    def epoch(self, bar: tqdm) -> str:
-        """Train, validate and save one epoch. Returns its line for people."""
+    def epoch(self, bar: tqdm) -> None:
+        """Train, validate and save one epoch; with a bar that is shown, write its line for people."""
         config, state, world = self.config, self.state, self.world
         start = time.time()
         if world.size > 1:  # every process drops other feature maps, and a resumed epoch draws the same again
@@ -316,8 +300,7 @@ class _Loop:
         self._set_rate()
         rate = self.optimizer.param_groups[0]["lr"]
         set_epoch(self.sampler, config.seed, state["epoch"])
-        if hasattr(self.opened.training, "epoch"):
-            self.opened.training.epoch = state["epoch"]
+        self.opened.training.epoch = state["epoch"]  # patches are drawn by it
 
         def after_step() -> None:
             state["step"] += 1
@@ -350,7 +333,8 @@ class _Loop:
         if world.is_main:
             self._save(better)
         world.barrier()
-        return epoch_line(row, better)
+        if not bar.disable:
+            tqdm.write(epoch_line(row, better))
 
     @torch.inference_mode()
     def _styles(self) -> dict[str, list[float]]:
@@ -421,10 +405,10 @@ class _Loop:
         from retina_seg.visualize import save_curves
 
         self._write_history()
-        if self.config.threshold == "validation" and self.notes["threshold_from"] == "fixed":
+        if self.config.threshold == "validation":
             threshold = best_on(self.folder, self.opened.validation_pairs, self.config.device)
             self.notes |= {"threshold": threshold, "threshold_from": "validation"}
-            self.kept = load_model(self.folder)[0]
+            self.kept.load_state_dict(load_checkpoint(self.folder / "checkpoint.pth")["state_dict"])
             self._save_kept()
         save_curves(self.folder / "curves.png", self.state["history"], best=self.state["best"])
 
@@ -437,7 +421,3 @@ def epoch_line(row: dict[str, float], kept: bool) -> str:
         line += f" | validation loss {row['validation_loss']:.3f}, F1 {row['validation_f1']:.4f}"
         line += " | kept" if kept else ""
     return line
-
-
-def _names(pairs: list[Pair]) -> list[str]:
-    return natural_sort({pair.name for pair in pairs})

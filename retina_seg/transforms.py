@@ -50,19 +50,13 @@ def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Placement:
-    """How one image lies in a frame: `box` (top, left, bottom, right) is cut out of it and resized to `size`.
+    """How one image lies in a frame: `box` is cut out of it and resized to `size`."""
 
-    Attributes:
-        size: (height, width) in the frame, pixels.
-        image_how, mask_how: OpenCV's interpolation for images and masks.
-        normalised: the field of view (H, W) bool that the image is normalised in; None: it is not.
-    """
-
-    box: tuple[int, int, int, int]
-    size: tuple[int, int]
-    image_how: int = cv2.INTER_LINEAR
-    mask_how: int = cv2.INTER_LINEAR
-    normalised: np.ndarray | None = None
+    box: tuple[int, int, int, int]  # top, left, bottom, right, pixels
+    size: tuple[int, int]  # height, width, pixels
+    image_how: int = cv2.INTER_LINEAR  # OpenCV's interpolation for images
+    mask_how: int = cv2.INTER_LINEAR  # and for masks
+    normalised: np.ndarray | None = None  # the field of view (H, W) bool to normalise images in; None: they are not
 
     def enter(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (h, w, 3) uint8 in the frame."""
@@ -118,22 +112,19 @@ class ResizeFrame:
 
 @dataclass(frozen=True)
 class FovFrame:
-    """The box of the field of view, scaled by the field's diameter, aspect ratio kept.
+    """The box of the field of view, scaled by the field's diameter, aspect ratio kept."""
 
-    Attributes:
-        fov_diameter: what the diameter is brought to, pixels.
-        largest_diameter: where given, a larger field of view is brought half way, to the geometric mean of its diameter
-            and `fov_diameter`, but to no more than this: larger images show and label finer vessels.
-        normalise: whether light and colour are normalised inside the field of view (`normalise`).
-    """
-
-    fov_diameter: float
-    largest_diameter: float | None = None
-    normalise: bool = False
+    fov_diameter: float  # what the diameter is brought to, pixels
+    largest_diameter: float | None = None  # the most a larger one is brought to (`working_diameter`); None: all to one
+    normalise: bool = False  # whether light and colour are normalised inside the field of view (`normalise`)
     margin = 2  # strides of black around the image: the dark surround that the box cut off
 
     def working_diameter(self, diameter: float) -> float:
-        """The diameter in the frame, pixels, of a field of view of `diameter` pixels on the image."""
+        """The diameter in the frame, pixels, of a field of view of `diameter` pixels on the image.
+
+        With `largest_diameter` a larger one is brought half way, to its geometric mean with `fov_diameter`:
+        larger images show and label finer vessels.
+        """
         half_way = math.sqrt(self.fov_diameter * diameter)
         return min(max(self.fov_diameter, half_way), self.largest_diameter or self.fov_diameter)
 
@@ -155,10 +146,9 @@ class FovFrame:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints keep them."""
-        value = {"kind": "fov", "fov_diameter": self.fov_diameter}
-        if self.largest_diameter is not None:
-            value["largest_diameter"] = self.largest_diameter
-        return value | ({"normalise": True} if self.normalise else {})
+        optional = {"largest_diameter": self.largest_diameter, "normalise": self.normalise}
+        given = {key: value for key, value in optional.items() if value}
+        return {"kind": "fov", "fov_diameter": self.fov_diameter, **given}
 
 
 Frame = ResizeFrame | FovFrame
@@ -172,9 +162,7 @@ def frame_from_dict(value: Any) -> Frame:
             if all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (height, width)):
                 return ResizeFrame(height, width)
         elif value["kind"] == "fov":
-            frame = FovFrame(
-                value["fov_diameter"], value.get("largest_diameter"), value.get("normalise", False) is True
-            )
+            frame = FovFrame(value["fov_diameter"], value.get("largest_diameter"), value.get("normalise") is True)
             if 0 < frame.fov_diameter <= (frame.largest_diameter or frame.fov_diameter) <= LARGEST_SIDE:
                 return frame
     except (KeyError, TypeError, ValueError):
@@ -249,13 +237,10 @@ def augment_geometry(
     Returns:
         (size, size, 3) uint8 and (size, size) uint8; black beyond the image.
     """
-
-    def middle(side: int) -> float:
-        # patches stay inside the image where it is larger than they are, so that black surround is not learnt at length
-        slack = max(0.0, (side - size) / 2 + size / 8)
-        return side / 2 + rng.uniform(-slack, slack)
-
-    row, column = middle(image.shape[0]), middle(image.shape[1])
+    # patches stay inside the image where it is larger than they are, so that black surround is not learnt at length
+    sides = np.array(mask.shape)
+    slack = np.maximum(0, (sides - size) / 2 + size / 8)
+    row, column = sides / 2 + rng.uniform(-slack, slack)
     exact = rng.random() < how.exact
     angle = rng.integers(4) * np.pi / 2 if exact else np.deg2rad(rng.uniform(-how.rotate, how.rotate))
     scale, stretch = (1.0, 1.0) if exact else np.exp(rng.normal(0, [how.scale, how.stretch]))
@@ -270,11 +255,9 @@ def augment_geometry(
     matrix = np.hstack([linear, shift[:, None]])
     if how.bend and not exact:
         ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
-        knots = (max(3, size // 64),) * 2
-        bent = [
-            cv2.resize(rng.normal(0, how.bend, knots).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-            for _ in "xy"
-        ]
+        knots = max(3, size // 64)
+        coarse = rng.normal(0, how.bend, (2, knots, knots)).astype(np.float32)
+        bent = [cv2.resize(axis, (size, size), interpolation=cv2.INTER_CUBIC) for axis in coarse]
         map_x, map_y = (m[0] * xs + m[1] * ys + m[2] + b for m, b in zip(matrix.astype(np.float32), bent, strict=True))
         return (cv2.remap(image, map_x, map_y, cv2.INTER_CUBIC), cv2.remap(mask, map_x, map_y, cv2.INTER_LINEAR))
     image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)

@@ -216,6 +216,10 @@ def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     image = read_image(list_pairs(tiny_set, "train")[0].image)
     default, own = (Segmenter.load(run.folder, style=style)(image).mean() for style in (None, "tiny"))
     assert default > own + 0.01
+    chosen = {"threshold": "validation", "validation": "photos", "held_out": 1, "epochs": 1, "style": "balanced"}
+    fit(dataclasses.replace(config, **chosen, output=str(tmp_path / "chosen")), progress=False)
+    notes = load_checkpoint(tmp_path / "chosen" / "checkpoint.pth")  # with all its channels
+    assert notes["threshold_from"] == "validation" and len(notes["state_dict"]["fine.1.bias"]) == 2
     with pytest.raises(UserError, match="--style thin: choose one of balanced, fine, bold, all, tiny"):
         fit(dataclasses.replace(config, style="thin", output=str(tmp_path / "other")), progress=False)
 
