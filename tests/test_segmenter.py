@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from retina_seg.checkpoint import save_model
-from retina_seg.fov import find_fov
+from retina_seg.fov import find_discs, find_fov
 from retina_seg.inference.segmenter import Segmenter, tiled
 from retina_seg.model import FastAttentionUNet, attention_unet
 from retina_seg.sets.synthetic import synthetic_image
@@ -86,6 +86,21 @@ def test_outside_the_field_of_view_the_prediction_is_zero_unless_asked_for(image
     assert segmenter(image, corner)[~corner].max() == 0 and segmenter(image, corner)[corner].max() > 0.5
     assert dark_segmenter(ResizeFrame(64, 64))(image, everywhere=True)[~fov].min() > 0.5
     assert segmenter(np.zeros((64, 80, 3), np.uint8)).max() == 0  # a black image has no field of view
+
+
+def test_each_disc_of_a_sheet_is_segmented_on_its_own():
+    y, x = np.mgrid[:120, :260]
+    left, right = ((x - middle) ** 2 + (y - 60) ** 2 <= 50**2 for middle in (65, 195))
+    sheet = np.where((left | right)[..., None], (x % 60)[..., None] + np.array([120, 60, 20]), 2).astype(np.uint8)
+    segmenter = small_segmenter()
+    calls = []
+    segmenter.network.register_forward_hook(lambda *_: calls.append(1))
+    probability = segmenter(sheet)
+    assert len(calls) == 2
+    discs = find_discs(sheet)
+    for disc, alone in zip(discs, (segmenter(sheet, disc) for disc in discs), strict=True):
+        np.testing.assert_array_equal(probability[disc], alone[disc])
+    assert probability[~find_fov(sheet)].max() == 0
 
 
 def test_scaling_brings_thin_lines_back_to_their_place():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from retina_seg.checkpoint import find_weights, load_model
 from retina_seg.device import choose_device, choose_precision
-from retina_seg.fov import LARGEST_SIDE, find_fov
+from retina_seg.fov import LARGEST_SIDE, find_discs
 from retina_seg.inference.engine import inference_network
 from retina_seg.transforms import FovFrame, Frame, ResizeFrame, frame_from_dict, pad_to_stride
 from retina_seg.utils import UserError
@@ -93,7 +93,8 @@ class Segmenter:
 
         Args:
             image: (H, W, 3) uint8 RGB, or (H, W) uint8 grey.
-            fov: (H, W) bool, the field of view; found in the image where not given.
+            fov: (H, W) bool, the field of view; found in the image where not given. Of several discs on a sheet each is
+                segmented on its own.
             everywhere: keep the prediction outside the field of view, as the original's protocol does, where it is else 0.
 
         Returns:
@@ -106,7 +107,10 @@ class Segmenter:
         shape = image.shape[:2]
         if fov is None:
             fov_matters = isinstance(self.frame, FovFrame) or not everywhere
-            fov = find_fov(image) if fov_matters else np.ones(shape, bool)
+            discs = find_discs(image) if fov_matters else [np.ones(shape, bool)]
+            if len(discs) > 1:
+                return np.max([self(image, disc, everywhere) for disc in discs], axis=0)
+            fov = discs[0] if discs else np.zeros(shape, bool)
         if fov.shape != shape or fov.dtype != bool:
             raise ValueError(f"fov must be bool of shape {shape}, got {fov.dtype} {fov.shape}")
         placement = self.frame.place(fov)
