@@ -146,6 +146,8 @@ class TrainConfig:
             raise UserError("--keep best needs images to validate on; add --validation photos, or --keep last")
         if self.threshold not in ("fixed", "validation"):
             check_threshold(self.threshold)
+        if "styles" in self.model_arguments:
+            raise UserError("--model-arguments styles: is set by --styles datasets")
         if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet"):
             raise UserError("--styles datasets: needs --frame fov and a network with styles, as fast_attention_unet")
         if self.threshold == "validation" and self.validation != "photos":
@@ -197,6 +199,18 @@ _FAST = {
     "validation": "none",
     "keep": "last",
 }
+_ANY_CAMERA = {  # weaker in what normalisation takes out, and what other cameras and media do
+    "scale": 0.25,
+    "light": 0.1,
+    "contrast": 0.15,
+    "cast": 0.06,
+    "grey": 0.3,
+    "haze": 0.4,
+    "channels": 0.1,
+    "far_blur": 2.0,
+    "jpeg": 0.1,
+    "levels": 0.05,
+}
 PRESETS = {
     "notebook": Preset(
         "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
@@ -207,8 +221,17 @@ PRESETS = {
         _FAST,
     ),
     "general": Preset(
-        "several datasets together: fast with a full-resolution path (600,457 parameters), larger images seen larger",
-        {**_FAST, "model_arguments": {}, "patches": 840, "epochs": 36, "largest_diameter": 1080.0},
+        "any camera, from several datasets: fast with a full-resolution path and a style of labelling for each dataset",
+        {
+            **_FAST,
+            "model_arguments": {},
+            "normalise": "fov",
+            "styles": "datasets",
+            "augmentation": _ANY_CAMERA,
+            "patches": 840,
+            "epochs": 36,
+            "largest_diameter": 1440.0,
+        },
     ),
     "tiny": Preset(
         "old machines, large archives: fast with 67,041 parameters",

@@ -214,9 +214,8 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     if opened.datasets:
         if config.style not in (names := (*GROUPS, *opened.datasets)):
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
-        config = dataclasses.replace(config, model_arguments=config.model_arguments | {"styles": len(opened.datasets)})
         seeding(config.seed)
-        model = build_model(config.model, **config.model_arguments)
+        model = build_model(config.model, **config.model_arguments, styles=len(opened.datasets))
     loop = _Loop(config, opened, model, device, world)
     if world.is_main:
         check_run_folder(config, resume, world.size)
@@ -372,7 +371,8 @@ class _Loop:
 
     def _save_kept(self) -> None:
         path, config = self.folder / "checkpoint.pth", self.config
-        save_model(path, self.kept, config.model, config.model_arguments, epoch=self.state["best"], **self.notes)
+        arguments = config.model_arguments | ({"styles": len(self.opened.datasets)} if self.opened.datasets else {})
+        save_model(path, self.kept, config.model, arguments, epoch=self.state["best"], **self.notes)
 
     def _write_history(self) -> None:
         write_csv(self.folder / "history.csv", list(self.state["history"][0]), self.state["history"])

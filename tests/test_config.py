@@ -63,6 +63,7 @@ REFUSED = [
     ({"threshold": "validation", "validation": "test"}, "--threshold validation needs .*; add --validation photos"),
     ({"threshold": "1.5"}, "--threshold 1.5: must lie between 0 and 1"),
     ({"threshold": "high"}, "--threshold high: must lie between 0 and 1"),
+    ({"model_arguments": {"styles": 2}}, "--model-arguments styles: is set by --styles datasets"),
     ({"styles": "datasets"}, "--styles datasets: needs --frame fov"),
     ({"data": []}, "data \\[\\]"),
     ({"output": None}, "output None"),
