@@ -25,6 +25,7 @@ class _Disc(NamedTuple):
     low: np.ndarray  # (2,) float: least x, y that a flat cut leaves, or -inf
     high: np.ndarray  # (2,) float: greatest x, y, or inf
     step: float  # mean relative step of the contrast across the rim, 0 to 1
+    tabs: np.ndarray  # (n, 2) float: ends that lie outside, of a notch or tab that many cameras cut into the rim
 
 
 def find_fov(image: np.ndarray) -> np.ndarray:
@@ -45,7 +46,12 @@ def find_discs(image: np.ndarray) -> list[np.ndarray]:
         found = found or _discs(np.abs(small - surround[:, None, None]).max(axis=0))
     if not found and bright <= BLACK:
         return []
-    outlines = [np.clip(d.ellipse[:2] + d.ellipse[2:] * CIRCLE, d.low, d.high) for d in found]
+    # a little larger: a vessel lost outside costs more than a rim scored inside
+    outlines = [np.clip(d.ellipse[:2] + (d.ellipse[2:] + 0.2) * CIRCLE, d.low, d.high) for d in found]
+    outlines = [
+        cv2.convexHull(np.concatenate([outline, disc.tabs]).astype(np.float32))[:, 0].astype(float)
+        for outline, disc in zip(outlines, found, strict=True)
+    ]
     return [_fill(outline * zoom + offset, *image.shape[:2]) for outline in outlines or [_hull(small, surrounds[0])]]
 
 
@@ -131,7 +137,9 @@ def _fit(part: np.ndarray, contrast: np.ndarray, floor: float) -> _Disc | None:
     inside, beyond = (contrast[tuple(np.rint(xy[seen]).astype(int).T[::-1])] for xy in rim)
     steps = np.maximum(inside - beyond, 0) / (inside + beyond + floor)
     step = float(steps.sum()) / max(len(steps), 20)  # too little of the arc shows little
-    return _Disc(ellipse, low, high, step) if step >= LEAST else None
+    far = outside(ellipse, *np.concatenate(ends).T)
+    tabs = np.concatenate(ends)[(far > 1.5) & (far < 0.07 * ellipse[2])]
+    return _Disc(ellipse, low, high, step, tabs[: len(tabs) * (len(tabs) < 0.1 * len(far))]) if step >= LEAST else None
 
 
 def _ends(part: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
