@@ -199,18 +199,8 @@ _FAST = {
     "validation": "none",
     "keep": "last",
 }
-_ANY_CAMERA = {  # weaker in what normalisation takes out, and what other cameras and media do
-    "scale": 0.25,
-    "light": 0.1,
-    "contrast": 0.15,
-    "cast": 0.06,
-    "grey": 0.3,
-    "haze": 0.4,
-    "channels": 0.1,
-    "far_blur": 2.0,
-    "jpeg": 0.1,
-    "levels": 0.05,
-}
+_LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: normalisation takes most of it out
+_MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
 PRESETS = {
     "notebook": Preset(
         "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
@@ -227,7 +217,7 @@ PRESETS = {
             "model_arguments": {},
             "normalise": "fov",
             "styles": "datasets",
-            "augmentation": _ANY_CAMERA,
+            "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
             "patches": 840,
             "epochs": 36,
             "largest_diameter": 1440.0,

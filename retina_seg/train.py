@@ -166,10 +166,8 @@ def _open_data(config: TrainConfig, stride: int) -> _Data:
     )
     diameter = patches.frame.fov_diameter
     if config.largest_diameter is not None and not diameter <= config.largest_diameter <= data.LARGEST_SIDE:
-        raise UserError(
-            f"--largest-diameter {config.largest_diameter}: must lie between the field-of-view diameter, {diameter:g}, "
-            f"and {data.LARGEST_SIDE} pixels"
-        )
+        low_high = f"{diameter:g}, the field-of-view diameter, and {data.LARGEST_SIDE} pixels"
+        raise UserError(f"--largest-diameter {config.largest_diameter}: must lie between {low_high}")
     frame = FovFrame(diameter, config.largest_diameter, normalise)
     datasets = patches.datasets if styles else []
     whole = data.FrameDataset(validation, frame, stride, datasets) if validation else None
