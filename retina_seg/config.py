@@ -217,6 +217,7 @@ PRESETS = {
             "model_arguments": {},
             "normalise": "fov",
             "styles": "datasets",
+            "style": "fine",
             "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
             "patches": 840,
             "epochs": 36,
