@@ -68,7 +68,11 @@ import cv2, numpy, onnxruntime
 network = onnxruntime.InferenceSession("vessels.onnx")
 about = network.get_modelmeta().custom_metadata_map
 image, stride = cv2.imread("eye.png"), int(about["stride"])  # BGR
-diameter = numpy.ptp(numpy.flatnonzero(cv2.medianBlur(image, 5).max(axis=(0, 2)) > 40)) + 1  # of the field of view
+lit = cv2.medianBlur(image, 5).max(axis=2) > 40  # the field of view
+diameter = numpy.ptp(numpy.flatnonzero(lit.any(axis=0))) + 1
+if "normalise" in about:
+    image = 128 + (image - image[lit].mean(axis=0)) * 32 / image[lit].std(axis=0)
+    image = image.round().clip(0, 255).astype("uint8") * lit[..., None]
 least, largest = (float(about[name]) / diameter for name in ("fov_diameter", "largest_diameter"))
 size = [stride * round(side * numpy.clip(least**0.5, least, largest) / stride) for side in image.shape[1::-1]]
 scaled = cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_CUBIC)
