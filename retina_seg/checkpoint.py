@@ -134,8 +134,11 @@ def load_model(name: str | Path, style: str | None = None) -> tuple[nn.Module, d
     if style is not None and style not in styles:
         raise UserError(f"--style {style}: {path} has {', '.join(styles) or 'no styles to choose from'}")
     if styles:
-        checkpoint["style"] = style or checkpoint["style"]
-        model.mix_styles(styles[checkpoint["style"]])
+        checkpoint["style"] = style or checkpoint.get("style")
+        try:
+            model.mix_styles(styles[checkpoint["style"]])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{path}: its style {str(checkpoint['style'])[:80]} does not fit its network") from None
     return model.eval(), checkpoint
 
 

@@ -229,7 +229,7 @@ class FastAttentionUNet(nn.Module):
     def mix_styles(self, shares: Sequence[float]) -> None:
         """Replace the logits of the styles by one, their sum weighted by `shares`: the last convolution is linear."""
         last = self.head if self.fine is None else self.fine[-1]
-        last.out_channels //= len(shares)
+        last.out_channels = 4 if self.fine is None else 1  # of one style
         for name in ("weight", "bias"):
             values = getattr(last, name).detach().unflatten(0, (len(shares), last.out_channels))
             setattr(last, name, nn.Parameter(torch.tensordot(torch.tensor(shares), values, dims=1)))

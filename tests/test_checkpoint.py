@@ -60,6 +60,15 @@ def test_a_checkpoint_with_styles_loads_as_its_default_or_the_one_asked_for(tmp_
             assert torch.allclose(loaded(x), expected, atol=1e-5) and notes["style"] == (style or "bold")
     with pytest.raises(UserError, match="--style thin: .*checkpoint.pth has fine, bold, balanced"):
         load_model(path, "thin")
+    for styles, style in (
+        ({"bold": [1.0]}, "fine"),
+        ({"bold": [1.0]}, "bold"),
+        ({"bold": [1.0, 0.0, 0.0]}, "bold"),
+        ({"bold": "x"}, "bold"),
+    ):
+        save_model(path, model, "fast_attention_unet", arguments, styles=styles, style=style)
+        with pytest.raises(UserError, match=f"checkpoint.pth: its style {style} does not fit its network"):
+            load_model(path)
     with pytest.raises(UserError, match="--style fine: .*drive.pth has no styles"):
         load_model("drive", "fine")
 
