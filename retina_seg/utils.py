@@ -50,12 +50,48 @@ def seeding(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def user_path(path: str | Path) -> Path:
+    """`path` with `~` as the home folder, also where no shell expanded it. Raises `UserError`: it is no path."""
+    try:
+        return Path(os.path.expanduser(path))
+    except TypeError:
+        raise UserError(f"{str(path)[:80]!r}: is {type(path).__name__}, a path is needed") from None
+
+
+_KINDS = {  # what a file's first bytes tell
+    b"version https://git-lfs": "a Git LFS pointer, the file itself was not downloaded; run git lfs pull",
+    b"<!doctype html": "an HTML page, as a download that needs a login gives; download it again",
+    b"<html": "an HTML page, as a download that needs a login gives; download it again",
+    b"%PDF": "a PDF; save the images in it one by one",
+    b"PK\x03\x04": "a ZIP archive, or a checkpoint; unpack the one, give the other to --weights",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+}
+
+
+def file_kind(path: str | Path) -> str | None:
+    """What a file is that is neither image nor checkpoint, with the remedy, by its first bytes; None: not known.
+
+    Raises `OSError`: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "an empty file; copy or download it again"
+    begins = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    known = next((kind for mark, kind in _KINDS.items() if begins.startswith(mark.lower())), None)
+    if known is None and not set(start) - {9, 10, 13, *range(32, 127)}:
+        return "a text file"
+    return known
+
+
 def create_dir(path: str | Path) -> Path:
     """Make the folder `path`, its parents too, unless it is there; returns it as a `Path`.
 
     Raises `UserError`: the place is a file, or may not be written to.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -197,7 +233,7 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str,
 
 
 def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the table at `path`; what a row lacks is None.
+    """The rows of the table at `path`, also as a spreadsheet saves it (byte-order mark, `;` or tab); what a row lacks is None.
 
     Raises `UserError`: it cannot be read, or its header lacks one of `columns`.
     """
@@ -207,7 +243,9 @@ def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
             raise UserError(f"{path}: is not a regular file")
         # a spreadsheet begins its files with a byte-order mark
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
+            first = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
             rows, found = list(reader), reader.fieldnames or ()
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
