@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from retina_seg.config import TrainConfig
-from retina_seg.model import build_model
+from retina_seg.model import MODELS, build_model
+from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError, atomic_write, read_json, without_nan
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -105,12 +106,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(name: str | Path, style: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(
+    name: str | Path, style: str | None = None, model: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode on the processor, and the checkpoint's other entries.
 
     Args:
         name: as `find_weights` takes it: a file, a run's folder, or the name of pretrained weights.
         style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style".
+        model: the network to load the weights into; None: built by the checkpoint's "model" and "arguments".
 
     Raises `UserError`: as `load_checkpoint`, or weights of another architecture, or weights that are not finite, or
     no such style.
@@ -119,7 +123,11 @@ def load_model(name: str | Path, style: str | None = None) -> tuple[nn.Module, d
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("state_dict")
     try:
-        model = build_model(checkpoint["model"], **checkpoint["arguments"])
+        if model is None:
+            if checkpoint["model"] not in MODELS:
+                how = "load it with model=YourNetwork(), or call retina_seg.model.register_model first"
+                raise UserError(f"network {str(checkpoint['model'])[:80]!r} is not one of this package; {how}")
+            model = build_model(checkpoint["model"], **checkpoint["arguments"])
         model.load_state_dict(weights, strict=True)
     except (UserError, TypeError) as error:  # arguments whose names no function can have
         raise UserError(f"{path}: {error}") from None
@@ -140,6 +148,25 @@ def load_model(name: str | Path, style: str | None = None) -> tuple[nn.Module, d
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise UserError(f"{path}: its style {str(checkpoint['style'])[:80]} does not fit its network") from None
     return model.eval(), checkpoint
+
+
+def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
+    """`config` with the network, working frame and threshold of its `weights`; and that network, in its default style.
+
+    Raises `UserError`: as `load_model`.
+    """
+    model, notes = load_model(config.weights or "")
+    arguments = {key: value for key, value in notes["arguments"].items() if key != "styles"}
+    changes: dict[str, Any] = {"model": notes["model"], "model_arguments": arguments}
+    if (frame := notes.get("frame") or ResizeFrame().to_dict())["kind"] == "fov":
+        changes |= {"frame": "fov", "fov_diameter": frame["fov_diameter"]}
+        changes |= {"largest_diameter": frame.get("largest_diameter")}
+        changes |= {"normalise": "fov" if frame.get("normalise") else "none"}
+    else:
+        changes |= {"frame": "resize", "size": frame["size"][0]}
+    if config.threshold == "fixed":
+        changes["threshold"] = str(notes.get("threshold", 0.5))
+    return dataclasses.replace(config, **changes), model
 
 
 def save_last(folder: Path, value: dict[str, Any]) -> None:
@@ -179,7 +206,7 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
         raise UserError(f"{folder}: holds no run to go on with; train without --resume")
     for path in folder.glob(".*.partial*"):  # what a killed process left half written
         path.unlink(missing_ok=True)
-    free = {"preset", "data", "output", "device", "workers"}
+    free = {"preset", "data", "output", "device", "workers", "epochs"}
     written = TrainConfig.from_json(folder / "config.json")
     mine, theirs = (without_nan(dataclasses.asdict(value)) for value in (config, written))
     if other := [name for name in mine if name not in free and mine[name] != theirs[name]]:

@@ -250,7 +250,7 @@ def _run(options: argparse.Namespace) -> None:
     "train --preset notebook --data Data1 --output results/notebook",
     argument("--preset", "where the options below start from (default: fast)", choices=PRESETS),
     argument("--config", "start from the config.json of a run instead", metavar="JSON"),
-    argument("--resume", "go on with the run in this folder after its last whole epoch", metavar="RUN"),
+    argument("--resume", "go on with the run in this folder after its last whole epoch, to --epochs", metavar="RUN"),
     argument("--data", "the dataset's folder; several are trained on together (default: Data1)", nargs="+"),
     argument("--output", "the run's folder (default: results/<preset>)"),
 )
@@ -266,7 +266,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume:
         config = TrainConfig.from_json(Path(options.resume) / "config.json")
         # how it is computed may change with the machine, what is computed may not
-        if other := [name for name in changes if name not in ("device", "workers")]:
+        if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)
             raise UserError(f"--resume goes on by the run's own config; leave out {given}, or train anew with --config")
         config = dataclasses.replace(config, output=options.resume, **changes)

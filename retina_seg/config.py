@@ -45,6 +45,9 @@ class TrainConfig:
     output: str = "results/run"
     model: str = _option(DATA, "attention_unet", "architecture, a name in model.MODELS")
     model_arguments: dict[str, Any] = _option(DATA, dict, "its arguments, as JSON")
+    weights: str | None = _option(
+        DATA, str, "start from these weights, in their network and frame: a name, file or run"
+    )
 
     frame: str = _option(
         PATCHES, "resize", "whole images at --size, aspect ratio not kept, or patches at one scale", ("resize", "fov")
@@ -146,6 +149,8 @@ class TrainConfig:
             raise UserError("--keep best needs images to validate on; add --validation photos, or --keep last")
         if self.threshold not in ("fixed", "validation"):
             check_threshold(self.threshold)
+        if self.styles == "datasets" and self.weights:
+            raise UserError("--weights: fine-tuning has one style; leave out --styles datasets, or train anew")
         if "styles" in self.model_arguments:
             raise UserError("--model-arguments styles: is set by --styles datasets")
         if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet"):
@@ -227,6 +232,18 @@ PRESETS = {
     "tiny": Preset(
         "old machines, large archives: fast with 67,041 parameters",
         {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36},
+    ),
+    "finetune": Preset(
+        "one more camera, from a few of its images: the pretrained weights general, low rate, short schedule",
+        {
+            **_FAST,
+            "weights": "general",
+            "augmentation": {"scale": 0.25, **_LIGHT},
+            "epochs": 5,
+            "patches": 400,
+            "learning_rate": 2e-4,
+            "ema": 0.99,
+        },
     ),
     "quick": Preset(
         "a first look in minutes: fast on a short schedule, at the images' own scale",

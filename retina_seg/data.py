@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -58,29 +59,41 @@ def split_by_photo(
     return training, [pair for pair in pairs if pair.subject in held_out]
 
 
-class DriveDataset(Dataset):
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class DriveDataset(Dataset[tuple[Tensor, Tensor]]):
     """The original's dataset: item i is an image (3, H, W) float32 BGR in [0, 1] and its mask (1, H, W) float32 in [0, 1].
 
     The mask is not thresholded: the Kaggle set's masks were resized bilinearly, so vessel edges are fractions.
 
     Args:
-        images_path, masks_path: two parallel lists of files.
+        images_path, masks_path: two parallel lists of files, as the original's; or a dataset as `list_pairs` takes it,
+            without `masks_path`, of which this holds `part`.
         size: (height, width) that image and mask are resized to bilinearly, aspect ratio not kept, as the original's
             preparation did; None (the original) takes them as they are.
+        transform: of an image (H, W, 3) uint8 RGB and its mask (H, W) uint8, gives the two changed.
 
     Raises `UserError`: the lists differ in length or are empty; on access, a file that cannot be read or a pair of two sizes.
     """
 
     def __init__(
-        self, images_path: Sequence[str | Path], masks_path: Sequence[str | Path], size: tuple[int, int] | None = None
+        self,
+        images_path: Any,
+        masks_path: Sequence[str | Path] | None = None,
+        size: tuple[int, int] | None = None,
+        transform: Transform | None = None,
+        part: str = "train",
     ) -> None:
+        if masks_path is None:
+            pairs = list_pairs(images_path, part)
+            images_path, masks_path = [pair.image for pair in pairs], [pair.mask for pair in pairs]
         if len(images_path) != len(masks_path):
             raise UserError(f"{len(images_path)} images but {len(masks_path)} masks: every image needs one mask")
         if not len(images_path):
             raise UserError("the list of images is empty; check the folder it was read from")
-        self.images_path = list(images_path)
-        self.masks_path = list(masks_path)
-        self.size = size
+        self.images_path, self.masks_path = list(images_path), list(masks_path)
+        self.size, self.transform = size, transform
 
     def __len__(self) -> int:
         return len(self.images_path)
@@ -89,6 +102,8 @@ class DriveDataset(Dataset):
         image, mask = load_pair(self.images_path[index], self.masks_path[index])
         if self.size and image.shape[:2] != tuple(self.size):
             image, mask = (cv2.resize(a, self.size[::-1]) for a in (image, mask))
+        if self.transform is not None:
+            image, mask = self.transform(image, mask)
         return to_tensor(image), mask_to_tensor(mask)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retina_seg.utils import UserError
+
 
 def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
     """Dice loss over the whole batch.
@@ -69,3 +71,13 @@ class DiceBCELoss(nn.Module):
 
 # what TrainConfig.loss may be; every entry is a function of (logits, masks) that gives a scalar
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dice_bce": dice_bce_loss, "dice": dice_loss}
+
+
+def register_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Make `loss`, of (logits, masks) both (N, 1, H, W), usable by `name` in `TrainConfig.loss` and the command.
+
+    Raises `UserError`: the name is one of this package's.
+    """
+    if name in LOSSES and LOSSES[name].__module__ == __name__:
+        raise UserError(f"{name}: is a loss of this package; register yours under another name")
+    LOSSES[name] = loss

@@ -181,6 +181,28 @@ def score_image(
     return results
 
 
+def scores(
+    mask: np.ndarray, probability: np.ndarray, fov: np.ndarray | None = None, threshold: float = 0.5
+) -> dict[str, float]:
+    """Every score (`SCORES`) of one image by name; NaN where it is undefined.
+
+    Args:
+        mask: ground truth (H, W), bool, or uint8 with vessel above 127.
+        probability: (H, W) float in [0, 1]; vessel is above `threshold`.
+        fov: the field of view (H, W) bool; None: the whole frame.
+
+    Raises `ValueError`: shapes differ. Raises `TypeError`: another dtype.
+    """
+    mask, probability = np.asarray(mask), np.asarray(probability)
+    if mask.dtype == np.uint8:
+        mask = mask > 127
+    if probability.dtype.kind != "f":
+        raise TypeError(f"expected float probabilities in [0, 1], got {probability.dtype}")
+    predicted = probability > threshold
+    count(mask, predicted, fov)  # shapes and dtypes, before the centre lines
+    return score_image(mask, predicted, probability, {"": fov})[""].scores
+
+
 @dataclass(frozen=True)
 class SetScores:
     """The scores of a set of images in one region."""

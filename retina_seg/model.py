@@ -241,13 +241,31 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+DEFAULT_STRIDE = 32  # of a network that does not say what its height and width must be multiples of
+
+
+def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Make a network usable by `name`: in `TrainConfig.model`, in the command (`--import`), in checkpoints.
+
+    Args:
+        factory: of `model_arguments`, gives a network: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W). The network
+            may have `stride` (else 32) and `receptive_field` (else it is not tiled), as those above.
+
+    Raises `UserError`: the name is one of this package's.
+    """
+    if name in MODELS and MODELS[name].__module__ == __name__:
+        raise UserError(f"{name}: is a network of this package; register yours under another name")
+    MODELS[name] = factory
+
+
 def build_model(name: str = "attention_unet", **arguments: Any) -> nn.Module:
     """A freshly initialised network: an entry of `MODELS`, with its `arguments`.
 
     Raises `UserError`: no such network, or one that does not take these arguments.
     """
     if name not in MODELS:
-        raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODELS)}")
+        remedy = "or register yours: retina_seg.model.register_model, in the command --import MODULE"
+        raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODELS)}; {remedy}")
     try:
         return MODELS[name](**arguments)
     except (TypeError, ValueError, RuntimeError) as error:

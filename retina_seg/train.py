@@ -14,24 +14,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from retina_seg import data
-from retina_seg.checkpoint import LAST, check_run_folder, load_checkpoint, load_last, load_model, save_last, save_model
+from retina_seg.checkpoint import (
+    LAST,
+    check_run_folder,
+    load_checkpoint,
+    load_last,
+    load_model,
+    save_last,
+    save_model,
+    start_from,
+)
 from retina_seg.config import TrainConfig
 from retina_seg.device import autocast, choose_precision, environment, memory_kept, out_of_memory, training_layout
 from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
-from retina_seg.model import build_model, count_parameters
+from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
 from retina_seg.sets.layout import Pair, list_pairs, mask_remarks
+from retina_seg.styles import GROUPS, measure_styles, of_style
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
-from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
+from retina_seg.utils import Rows, UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
-GROUPS = ("balanced", "fine", "bold")  # styles of labelling made of several datasets'
+Callback = Callable[[dict[str, float], nn.Module], object]
 
 
 class NotFinite(FloatingPointError):
@@ -71,7 +81,7 @@ def train(
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, precision):
-            logits = _of_style(model(images), *style)
+            logits = of_style(model(images), *style)
         loss = loss_fn(logits, masks)
         loss.backward()
         losses.append(loss.detach())
@@ -107,17 +117,12 @@ def evaluate(
     for images, masks, *style in loader:
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits = _of_style(model(images), *style)
+            logits = of_style(model(images), *style)
         losses.append(loss_fn(logits, masks))
         if f1 is not None:
             predicted, true = (logits > 0).flatten(1), (masks > 0.5).flatten(1)
             f1.append(2 * (predicted & true).sum(1) / (predicted.sum(1) + true.sum(1)).clamp(min=1))
     return _mean(losses)
-
-
-def _of_style(logits: Tensor, style: Tensor | None = None) -> Tensor:
-    """Each image's logits (N, 1, H, W) in its own style, of (N, styles, H, W)."""
-    return logits if style is None else logits[torch.arange(len(logits)), style].unsqueeze(1)
 
 
 def _mean(values: list[Tensor]) -> float:
@@ -146,9 +151,13 @@ def split_set(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return pairs, list_pairs(config.data, "test") if config.validation == "test" else []
 
 
-def _open_data(config: TrainConfig, stride: int) -> _Data:
-    training, validation = split_set(config)
+def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
     side = max(stride, round(config.size / stride) * stride)
+    if given is not None:
+        training, validation = given if isinstance(given, tuple) else (given, None)
+        frame = FovFrame(config.fov_diameter or side, config.largest_diameter, config.normalise == "fov")
+        return _Data(training, validation, [], [], frame if config.frame == "fov" else ResizeFrame(side, side))
+    training, validation = split_set(config)
     if config.frame == "resize":
         # the original's order, a sorted glob (10 before 2): with its seed and torch's shuffle, its batches too
         training, validation = (sorted(part, key=lambda pair: pair.image.name) for part in (training, validation))
@@ -179,12 +188,22 @@ class Run:
     """What `fit` gives back."""
 
     folder: Path
-    history: list[dict[str, float]]  # a row an epoch, as in history.csv
+    history: Rows  # a row an epoch, as in history.csv
     best: int  # the epoch whose weights were kept, from 1 on
     model: nn.Module  # with the kept weights, in evaluation mode
 
 
-def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world: World | None = None) -> Run:
+def fit(
+    config: TrainConfig,
+    resume: bool = False,
+    progress: bool = True,
+    world: World | None = None,
+    *,
+    model: nn.Module | None = None,
+    loss: Loss | None = None,
+    data: Dataset | tuple[Dataset, Dataset | None] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
     """Train by `config` and write its run folder: config.json, history.csv, curves.png, checkpoint.pth, last.pth.
 
     Several processes (`distributed.process_group`) average their gradients; the first one validates, writes and prints,
@@ -192,9 +211,14 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
 
     Args:
         resume: go on with the run in `config.output` after its last whole epoch; the weights end equal to those of a run
-            that never stopped, to the bit on one kind of processor.
+            that never stopped, to the bit on one kind of processor. More `config.epochs` than before go on after the end.
         progress: show a progress bar, and a line an epoch as the original does.
         world: the processes that train together; None: this one alone.
+        model: trained in place of `config.model`: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W).
+        loss: in place of `config.loss`, of (logits, masks), both (N, 1, H, W).
+        data: in place of `config.data`: a dataset of (image (3, H, W), mask (1, H, W)), float32 in [0, 1], or a tuple of
+            one for training and one for validation. The config's frame is what images are brought to in use.
+        callbacks: each is called after every epoch with its row of `history` and the network with the kept weights.
 
     Raises `UserError`: a value of `config` that cannot be, data that cannot be read, a folder that may not be written
     to, or one that already holds a run while `resume` is off, too little memory; a run that another number of processes
@@ -203,23 +227,35 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     """
     world = world or World()
     config.check()
-    if config.loss not in LOSSES:
-        raise UserError(f"--loss {config.loss}: unknown; choose one of {', '.join(LOSSES)}")
+    if loss is not None:
+        config = dataclasses.replace(config, loss=_name(loss))
+    elif config.loss not in LOSSES:
+        remedy = "or give fit(loss=...), or register yours: retina_seg.loss.register_loss"
+        raise UserError(f"--loss {config.loss}: unknown; choose one of {', '.join(LOSSES)}; {remedy}")
     device = world.device(config.device)
     seeding(config.seed)
-    model = build_model(config.model, **config.model_arguments)
-    opened = _open_data(config, model.stride)
+    own = model
+    if own is not None:
+        config = dataclasses.replace(config, model=_name(own), model_arguments={})
+    elif config.weights and not resume:
+        config, model = start_from(config)
+    model = model or build_model(config.model, **config.model_arguments)
+    opened = _open_data(config, getattr(model, "stride", DEFAULT_STRIDE), data)
+    if opened.validation is None and config.keep == "best":
+        raise UserError("--keep best needs images to validate on; give data=(training, validation), or --keep last")
     if opened.datasets:
         if config.style not in (names := (*GROUPS, *opened.datasets)):
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments, styles=len(opened.datasets))
-    loop = _Loop(config, opened, model, device, world)
+    loop = _Loop(config, opened, model, device, world, loss or LOSSES[config.loss])
     if world.is_main:
         check_run_folder(config, resume, world.size)
     world.barrier()
     if resume:
         loop.load()
+        if world.is_main and TrainConfig.from_json(loop.folder / "config.json").epochs != config.epochs:
+            loop.describe()
     elif world.is_main:
         loop.describe()
     progress = progress and world.is_main
@@ -230,6 +266,8 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
             while number <= config.epochs:
                 loop.epoch(bar)
                 number += 1
+                for callback in callbacks if world.is_main else ():
+                    callback(loop.state["history"][-1], loop.kept)
     except KeyboardInterrupt as stop:
         command = "retina-seg" if world.size == 1 else f"torchrun --nproc_per_node={world.size} -m retina_seg"
         stop.args = (
@@ -240,14 +278,20 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     if world.is_main:
         loop.finish()
     world.barrier()
-    return Run(loop.folder, loop.state["history"], loop.state["best"], load_model(loop.folder)[0])
+    kept, _ = load_model(loop.folder, model=own)
+    return Run(loop.folder, Rows(loop.state["history"]), loop.state["best"], kept)
+
+
+def _name(own: Any) -> str:
+    """What the config and the checkpoint call a network or loss that is given as an object: the name of its class."""
+    return getattr(own, "__name__", type(own).__name__)
 
 
 class _Loop:
     """The state of one training, and what an epoch does to it. All of it is in last.pth."""
 
     def __init__(
-        self, config: TrainConfig, opened: _Data, model: nn.Module, device: torch.device, world: World
+        self, config: TrainConfig, opened: _Data, model: nn.Module, device: torch.device, world: World, loss: Loss
     ) -> None:
         self.config, self.opened, self.device, self.world = config, opened, device, world
         self.folder = create_dir(config.output)
@@ -257,7 +301,7 @@ class _Loop:
         self.optimizer = make_optimizer(model, config)
         self.ema = EMA(model, config.ema) if config.ema and world.is_main else None
         self.kept = self.ema.model if self.ema else self.model
-        self.loss_fn = LOSSES[config.loss]
+        self.loss_fn = loss
         self.sampler = world.sampler(opened.training, config.seed, shared_state=config.frame == "resize")
         workers = config.workers if config.workers is not None else 4 * (device.type != "cpu")
         self.loader = DataLoader(opened.training, config.batch_size, sampler=self.sampler, num_workers=workers)
@@ -297,7 +341,8 @@ class _Loop:
         self._set_rate()
         rate = self.optimizer.param_groups[0]["lr"]
         set_epoch(self.sampler, config.seed, state["epoch"])
-        self.opened.training.epoch = state["epoch"]  # patches are drawn by it
+        with contextlib.suppress(AttributeError):  # patches are drawn by it; an own dataset may not take it
+            self.opened.training.epoch = state["epoch"]
 
         def after_step() -> None:
             state["step"] += 1
@@ -321,7 +366,8 @@ class _Loop:
             row["validation_f1"] = torch.cat(f1).mean().item()
         row |= {"learning_rate": rate, "seconds": time.time() - start}
         if self.opened.datasets and world.is_main:
-            self.notes |= {"styles": self._styles(), "style": config.style}
+            how = self.kept, self.opened.training, self.opened.datasets, self.device, self.precision
+            self.notes |= {"styles": measure_styles(*how), "style": config.style}
         state["history"].append(row)
         state["epoch"] += 1
         better = config.keep == "last" or row["validation_loss"] < state["best_loss"]
@@ -332,23 +378,6 @@ class _Loop:
         world.barrier()
         if not bar.disable:
             tqdm.write(epoch_line(row, better))
-
-    @torch.inference_mode()
-    def _styles(self) -> dict[str, list[float]]:
-        """Name of a style of labelling -> share of each dataset's logits.
-
-        A dataset's own by its name. Of all alike: "balanced". Of the third of them that finds the most and the least
-        vessels on the same patches: "fine" and "bold".
-        """
-        names, total = self.opened.datasets, torch.zeros(len(self.opened.datasets), device=self.device)
-        self.kept.eval()
-        some = Subset(self.opened.training, range(min(64, len(self.opened.training))))
-        for images, *_ in DataLoader(some, self.config.batch_size):
-            with autocast(self.device, self.precision):
-                total += torch.sigmoid(self.kept(images.to(self.device)).float()).sum((0, 2, 3))
-        order, third = [names[i] for i in total.argsort(descending=True)], max(1, len(names) // 3)
-        groups = dict(zip(GROUPS, (names, order[:third], order[-third:]), strict=True)) | {n: [n] for n in names}
-        return {name: [(n in group) / len(group) for n in names] for name, group in groups.items()}
 
     def _set_rate(self) -> None:
         factor = learning_rate_factor(self.state["step"], self.steps, self.config.warmup)

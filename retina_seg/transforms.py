@@ -73,20 +73,21 @@ class Placement:
         part = array[top:bottom, left:right]
         return part if part.shape[:2] == self.size else cv2.resize(part, self.size[::-1], interpolation=how)
 
-    def leave(self, logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    def leave(self, logits: np.ndarray, shape: tuple[int, int], outside: float | None = None) -> np.ndarray:
         """Logits (h, w) float32 in the frame -> probability (H, W) float32 in [0, 1] on the image, 0 beside the box.
 
-        Logits are interpolated, not probabilities: these are flat where the network is sure, which shifts edges.
+        With `outside` the logits on the image, and this value beside the box. Logits are interpolated, not probabilities:
+        these are flat where the network is sure, which shifts edges.
         """
         top, left, bottom, right = self.box
         if logits.shape != (bottom - top, right - left):
             logits = cv2.resize(logits, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR)
-        inside = torch.sigmoid(torch.from_numpy(logits)).numpy()
+        inside = torch.sigmoid(torch.from_numpy(logits)).numpy() if outside is None else logits
         if inside.shape == shape:
             return inside
-        probability = np.zeros(shape, np.float32)
-        probability[top:bottom, left:right] = inside
-        return probability
+        whole = np.full(shape, outside or 0, np.float32)
+        whole[top:bottom, left:right] = inside
+        return whole
 
 
 @dataclass(frozen=True)

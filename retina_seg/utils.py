@@ -227,6 +227,19 @@ def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]], digits: int
     return text.getvalue()
 
 
+class Rows(list[dict[str, Any]]):
+    """Rows of a table, a dictionary each; a list, with the table for pandas users."""
+
+    @property
+    def table(self) -> Any:
+        """A pandas DataFrame where pandas is installed, else the rows themselves."""
+        try:
+            import pandas
+        except ImportError:
+            return self
+        return pandas.DataFrame(list(self))
+
+
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str, Any]], digits: int = 6) -> None:
     """Write the rows to `path` as CSV (`csv_text`), whole or not at all."""
     write_text(path, csv_text(columns, rows, digits))

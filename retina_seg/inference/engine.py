@@ -13,19 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from retina_seg.model import AttentionGate, FastAttentionUNet, FinePath, ResidualBlock
+from retina_seg.model import AttentionGate, AttentionUNet, FastAttentionUNet, FinePath, ResidualBlock
 
 
 def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
-    """A copy of `model` for inference: batch normalisation folded, channels last, all weights in `precision`.
+    """A copy of `model` for inference, in evaluation mode: channels last, all weights in `precision`.
 
-    On a processor its convolutions are fused (`fuse_convolutions`) where torch can do so with the same result.
+    In the networks of this package batch normalisation is folded into convolutions. On a processor their convolutions
+    are fused (`fuse_convolutions`) where torch can do so with the same result.
 
     Args:
-        model: (N, 3, H, W) -> (N, 1, H, W), in evaluation mode; the copy takes and gives the same in `precision`.
+        model: (N, 3, H, W) -> (N, 1, H, W); the copy takes and gives the same in `precision`.
     """
-    network = fold_batch_norm(model).to(device, precision, memory_format=torch.channels_last)
-    if device.type != "cpu":
+    network = copy.deepcopy(model).eval()
+    own = isinstance(network, (AttentionUNet, FastAttentionUNet))
+    network = fold_batch_norm(network) if own else network
+    network = network.to(device, precision, memory_format=torch.channels_last)
+    if device.type != "cpu" or not own:
         return network
     fused = fuse_convolutions(copy.deepcopy(network))
     any_fused = any(isinstance(module, FusedConv) for module in fused.modules())

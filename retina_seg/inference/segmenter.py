@@ -6,9 +6,11 @@ The image enters the frame its network was trained in (`transforms`), and the re
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
@@ -19,6 +21,7 @@ from retina_seg.checkpoint import find_weights, load_model
 from retina_seg.device import choose_device, choose_precision
 from retina_seg.fov import LARGEST_SIDE, find_discs
 from retina_seg.inference.engine import inference_network
+from retina_seg.model import DEFAULT_STRIDE, AttentionUNet, FastAttentionUNet, count_parameters
 from retina_seg.transforms import FovFrame, Frame, ResizeFrame, frame_from_dict, pad_to_stride
 from retina_seg.utils import UserError
 
@@ -28,12 +31,15 @@ MAX_LOGIT = 30.0  # logits are clamped to it: float32 knows no probability beyon
 class Segmenter:
     """A network, the frame it was trained in, and the way of any image into that frame and back.
 
+    It follows `model`: after `model` was trained or changed, what it gives is the changed network's.
+
     Args:
-        model: gives logits (N, 1, H, W) for (N, 3, H, W) BGR in [0, 1]. Has `stride`, and `receptive_field`: pixels to
-            either side, None where the network depends on the whole image and cannot be tiled.
+        model: gives logits (N, 1, H, W) for (N, 3, H, W) BGR in [0, 1]. May have `stride`, else images are padded to
+            multiples of 32, and `receptive_field`: pixels to either side, else it is never tiled.
         frame: `ResizeFrame` or `FovFrame`; 512x512, as the original, where not given.
         threshold: probability above which `vessels` is True, in (0, 1).
-        device, precision: as in `device.choose_device` and `device.choose_precision`.
+        device, precision: as in `device.choose_device` and `device.choose_precision`; "auto" is float32 for a network
+            that is not of this package.
         working_size: overrides the frame's size or diameter, pixels.
         tta: test-time augmentation, the mean over the image's 8 orientations; eight times the work.
         tile: longest side the network is given at once, pixels; larger images are done in overlapping tiles.
@@ -58,11 +64,32 @@ class Segmenter:
             raise UserError(f"--working-size {working_size}: must lie between 32 and {LARGEST_SIDE} pixels")
         frame = frame or ResizeFrame()
         self.frame = frame if working_size is None else frame.with_size(working_size)
-        self.threshold, self.tta, self.tile = threshold, tta, tile
+        self.threshold, self.tta, self.tile, self.model = threshold, tta, tile, model
+        self._precision, self._lock = precision, threading.Lock()
+        self.to(device)
+
+    def to(self, device: str) -> Segmenter:
+        """Use `device` from now on, as `device.choose_device` takes it; returns itself."""
+        own = isinstance(self.model, (AttentionUNet, FastAttentionUNet))
         self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
-        self.model = model.eval()
-        self.network = inference_network(self.model, self.device, self.precision)
+        asked = "float32" if self._precision == "auto" and not own else self._precision
+        self.precision = choose_precision(asked, self.device)
+        self._network: tuple[Any, nn.Module] | None = None
+        return self
+
+    def __repr__(self) -> str:
+        network = f"{type(self.model).__name__}, {count_parameters(self.model):,} parameters"
+        precision = str(self.precision).removeprefix("torch.")
+        return f"Segmenter({network}, {self.frame}, threshold {self.threshold}, {self.device}, {precision})"
+
+    @property
+    def network(self) -> nn.Module:
+        """The inference copy of `model` as it is now (`engine.inference_network`)."""
+        with self._lock:  # images are segmented in threads
+            state = _state(self.model)
+            if self._network is None or self._network[0] != state:
+                self._network = state, inference_network(self.model, self.device, self.precision)
+            return self._network[1]
 
     @classmethod
     def load(
@@ -88,11 +115,16 @@ class Segmenter:
             raise UserError(f"{path}: its threshold {str(own)[:80]} does not lie between 0 and 1")
         return cls(model, frame, own if threshold is None else threshold, **options)
 
-    def __call__(self, image: np.ndarray, fov: np.ndarray | None = None, everywhere: bool = False) -> np.ndarray:
+    @overload
+    def __call__(self, image: list, fov: None = None, everywhere: bool = False) -> list[np.ndarray]: ...
+    @overload
+    def __call__(self, image: Any, fov: np.ndarray | None = None, everywhere: bool = False) -> np.ndarray: ...
+    def __call__(self, image: Any, fov: np.ndarray | None = None, everywhere: bool = False) -> Any:
         """The probability of vessel at every pixel.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or (H, W) uint8 grey.
+            image: (H, W, 3) uint8 RGB, or what else `images.as_image` takes: a path, a PIL image, grey, deep or float
+                arrays, a tensor; or a list of these, of any sizes, for a list of results.
             fov: (H, W) bool, the field of view; found in the image where not given. Of several discs on a sheet each is
                 segmented on its own.
             everywhere: keep the prediction outside the field of view, as the original's protocol does, where it is else 0.
@@ -100,56 +132,84 @@ class Segmenter:
         Returns:
             (H, W) float32 in [0, 1].
 
-        Raises `ValueError`: `image` or `fov` has another shape or dtype. Raises `UserError`: the network's output is
-        NaN.
+        Raises `ValueError`: `image` or `fov` has another shape or dtype. Raises `UserError`: an image that cannot be read;
+        the network's output is NaN.
         """
+        if isinstance(image, (list, tuple)):
+            return [self(one, fov, everywhere) for one in image]
+        return self._on_image(image, fov, everywhere)
+
+    def logits(self, image: Any, fov: np.ndarray | None = None) -> np.ndarray:
+        """The logits, (H, W) float32 in [-30, 30], -30 outside the field of view. Arguments as the call, but no list."""
+        return self._on_image(image, fov, False, outside=-MAX_LOGIT)
+
+    def vessels(self, image: Any, fov: np.ndarray | None = None) -> Any:
+        """The vessels, (H, W) bool: where the probability is above the threshold. Arguments as the call."""
+        if isinstance(image, (list, tuple)):
+            return [self.vessels(one, fov) for one in image]
+        return self(image, fov) > self.threshold
+
+    def _on_image(
+        self, image: Any, fov: np.ndarray | None, everywhere: bool, outside: float | None = None
+    ) -> np.ndarray:
+        """The probability (H, W) float32 on the image, 0 outside the field of view; with `outside` the logits, and this."""
         image = as_image(image)
         shape = image.shape[:2]
         if fov is None:
             fov_matters = isinstance(self.frame, FovFrame) or not everywhere
             discs = find_discs(image) if fov_matters else [np.ones(shape, bool)]
             if len(discs) > 1:
-                return np.max([self(image, disc, everywhere) for disc in discs], axis=0)
+                return np.max([self._on_image(image, disc, everywhere, outside) for disc in discs], axis=0)
             fov = discs[0] if discs else np.zeros(shape, bool)
         if fov.shape != shape or fov.dtype != bool:
             raise ValueError(f"fov must be bool of shape {shape}, got {fov.dtype} {fov.shape}")
         placement = self.frame.place(fov)
-        probability = placement.leave(self._logits(placement.enter(image)), shape)
+        result = placement.leave(self._logits(placement.enter(image)), shape, outside)
         if not everywhere:
-            probability[~fov] = 0
-        return probability
-
-    def vessels(self, image: np.ndarray, fov: np.ndarray | None = None) -> np.ndarray:
-        """The vessels, (H, W) bool: where the probability is above the threshold. Arguments as the call."""
-        return self(image, fov) > self.threshold
+            result[~fov] = outside or 0
+        return result
 
     def _logits(self, image: np.ndarray) -> np.ndarray:
         """The logits (h, w) float32 of an image (h, w, 3) in the frame; with TTA their mean over 8 orientations."""
+        network = self.network
         if not self.tta:
-            return self._padded(image)
+            return self._padded(image, network)
         total = np.zeros(image.shape[:2], np.float32)
         for quarters in range(4):
             for step in (1, -1):  # -1: mirrored
-                logits = self._padded(np.ascontiguousarray(np.rot90(image, quarters)[:, ::step]))
+                logits = self._padded(np.ascontiguousarray(np.rot90(image, quarters)[:, ::step]), network)
                 total += np.rot90(logits[:, ::step], -quarters)
         return total / 8
 
-    def _padded(self, image: np.ndarray) -> np.ndarray:
+    def _padded(self, image: np.ndarray, network: nn.Module) -> np.ndarray:
         """The logits of an image of any size: padded to the network's stride, and in tiles where it is large."""
-        stride, halo = self.model.stride, getattr(self.model, "receptive_field", None)
+        stride, halo = getattr(self.model, "stride", DEFAULT_STRIDE), getattr(self.model, "receptive_field", None)
         padded, inside = pad_to_stride(image, stride, self.frame.margin)
+        forward = partial(self._forward, network)
         if halo is None or max(padded.shape[:2]) <= self.tile:
-            return self._forward(padded)[inside]
-        return tiled(self._forward, padded, self.tile, math.ceil(halo / stride) * stride, stride)[inside]
+            return forward(padded)[inside]
+        return tiled(forward, padded, self.tile, math.ceil(halo / stride) * stride, stride)[inside]
 
     @torch.inference_mode()
-    def _forward(self, image: np.ndarray) -> np.ndarray:
+    def _forward(self, network: nn.Module, image: np.ndarray) -> np.ndarray:
         """The network's logits (h, w) float32, clamped, for (h, w, 3) uint8 RGB with sides that are multiples of its stride."""
-        logits = self.network(image_batch(image, self.device).to(self.precision))
+        logits = network(image_batch(image, self.device).to(self.precision))
+        if logits.shape[:2] != (1, 1) or logits.shape[2:] != image.shape[:2]:
+            raise UserError(
+                f"the network gives {tuple(logits.shape)} for an image of {image.shape[:2]}: logits (N, 1, H, W)?"
+            )
         logits = logits.float().clamp_(-MAX_LOGIT, MAX_LOGIT)[0, 0].cpu().numpy()
         if np.isnan(logits).any():
             raise UserError("the network's output is NaN; choose other weights")
         return logits
+
+
+@torch.no_grad()
+def _state(model: nn.Module) -> tuple[list[tuple[int, int]], float, float]:
+    """What tells whether a network was changed: its tensors, the sum of their values and of the squares."""
+    values = [*model.parameters(), *model.buffers()]
+    flat = torch.cat([value.detach().flatten() for value in values if value.is_floating_point()] or [torch.zeros(1)])
+    return [(id(value), value._version) for value in values], float(flat.sum()), float(flat @ flat)
 
 
 def image_batch(image: np.ndarray, device: torch.device) -> Tensor:
