@@ -25,7 +25,7 @@ from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.sets.layout import Pair, list_pairs, mask_remarks
+from retina_seg.sets.layout import Pair, list_pairs, check_masks
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
 from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
 
@@ -275,7 +275,7 @@ class _Loop:
 
     def describe(self) -> None:
         """Write config.json, and say what is odd about the masks."""
-        for line in mask_remarks([*self.opened.training_pairs, *self.opened.validation_pairs]):
+        for line in check_masks([*self.opened.training_pairs, *self.opened.validation_pairs]):
             tqdm.write(line)
         value = {
             "config": dataclasses.asdict(self.config),
