@@ -162,7 +162,7 @@ def load_last(folder: Path) -> dict[str, Any] | None:
 
 def free_folder(path: str | Path) -> Path:
     """`path`, or the first of path-2, path-3, … that holds no run yet."""
-    path = Path(path)
+    path = user_path(path)
     taken, number = path, 1
     while (taken / "config.json").exists() or (taken / "checkpoint.pth").exists():
         number += 1
@@ -176,7 +176,7 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
     Raises:
         UserError: it holds a run that is not asked for, none where one is, or one of another config or number of processes.
     """
-    folder = Path(config.output)
+    folder = user_path(config.output)
     if not resume:
         if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
             raise UserError(

@@ -25,9 +25,9 @@ from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.sets.layout import Pair, list_pairs, check_masks
+from retina_seg.sets.layout import Pair, check_masks, list_pairs
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
-from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
+from retina_seg.utils import UserError, epoch_time, natural_sort, output_folder, seeding, write_csv, write_json
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
@@ -214,14 +214,15 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments, styles=len(opened.datasets))
-    loop = _Loop(config, opened, model, device, world)
-    if world.is_main:
-        check_run_folder(config, resume, world.size)
-    world.barrier()
-    if resume:
-        loop.load()
-    elif world.is_main:
-        loop.describe()
+    with output_folder(config.output) as folder:
+        loop = _Loop(dataclasses.replace(config, output=str(folder)), opened, model, device, world)
+        if world.is_main:
+            check_run_folder(config, resume, world.size)
+        world.barrier()
+        if resume:
+            loop.load()
+        elif world.is_main:
+            loop.describe()
     progress = progress and world.is_main
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
     number = loop.state["epoch"] + 1
@@ -250,7 +251,7 @@ class _Loop:
         self, config: TrainConfig, opened: _Data, model: nn.Module, device: torch.device, world: World
     ) -> None:
         self.config, self.opened, self.device, self.world = config, opened, device, world
-        self.folder = create_dir(config.output)
+        self.folder = Path(config.output)
         self.precision = choose_precision(config.precision, device)
         self.model = model.to(device, memory_format=training_layout(device, self.precision))
         self.parallel = world.parallel(self.model, device)

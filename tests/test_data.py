@@ -13,6 +13,7 @@ from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import write_image
 from retina_seg.sets.layout import (
     Pair,
+    check_masks,
     collect_files,
     find_set,
     list_pairs,
@@ -20,7 +21,6 @@ from retina_seg.sets.layout import (
     load_pair,
     load_with_fov,
     mask_remark,
-    check_masks,
 )
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError

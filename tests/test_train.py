@@ -27,7 +27,7 @@ from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import attention_unet
-from retina_seg.sets.layout import load_with_fov, check_masks
+from retina_seg.sets.layout import check_masks, load_with_fov
 from retina_seg.train import NotFinite, evaluate, fit, split_set, train
 from retina_seg.transforms import frame_from_dict
 from retina_seg.utils import UserError, seeding
