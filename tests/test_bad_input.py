@@ -357,7 +357,8 @@ NAMES = (  # a file's name, and how it is shown
 )
 COMMANDS = ("check", "train", "predict", "test")
 for (kind, name, line), command, other in zip(NAMES, cycle(COMMANDS), cycle(COMMANDS[::-1]), strict=False):
-    make, line = named(command, name, False), f"(images?|mask)/{re.escape(line)}.png: {NO_IMAGE}"
+    kind_of_file = "(image|mask)" if command in ("train", "test") else "images?"
+    make, line = named(command, name, False), f"{kind_of_file}/{re.escape(line)}.png: {NO_IMAGE}"
     case(f"a bad file, {kind}", command, make, line, 1 if command in ("check", "predict") else 2, WHOLE)
     works(f"a name with {kind}", other, named(other, name, True))
 
