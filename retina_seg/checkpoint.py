@@ -2,25 +2,26 @@
 
 A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`: "format", "model" and "arguments"
 (what `model.build_model` takes), "state_dict", and notes: working frame, threshold and where it is from, data, selection.
-A plain state dict of the original's network loads too.
+A state dict of a network of `model.MODELS`, in the usual wrappings, loads too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retina_seg.config import TrainConfig
 from retina_seg.model import MODELS, build_model
+from retina_seg.state_dicts import load_safely, recognised
 from retina_seg.transforms import ResizeFrame
-from retina_seg.utils import UserError, atomic_write, read_json, without_nan
+from retina_seg.utils import UserError, atomic_write, read_csv, read_json, user_path, without_nan
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKPOINT_FORMAT = "retina_seg checkpoint 1"
@@ -37,16 +38,35 @@ def find_weights(name: str | Path) -> Path:
 
     Raises `UserError`: none of these.
     """
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "checkpoint.pth").is_file():
-            raise UserError(f"{path}: holds no checkpoint.pth; give the folder of a finished run")
-        return path / "checkpoint.pth"
-    if path.is_file():
-        return path
-    if str(name) in pretrained_weights():
+    path, pretrained = user_path(name), pretrained_weights()
+    if (path / "checkpoint.pth").is_file() or path.is_file():
+        return path / "checkpoint.pth" if path.is_dir() else path
+    if str(name) in pretrained and not path.is_dir():
         return WEIGHTS / f"{name}.pth"
-    raise UserError(f"{name}: no such checkpoint or run folder; pretrained weights: {', '.join(pretrained_weights())}")
+    remedy, own = f"give a run's folder, a file, or pretrained weights: {', '.join(pretrained)}", path.resolve().name
+    if path.is_dir() and own in pretrained:
+        remedy = f"its weights are in the package: --checkpoint {own}, --weights {own}"
+    raise UserError(f"{path}: {'holds no checkpoint.pth' if path.is_dir() else 'no such checkpoint'}; {remedy}")
+
+
+def unfinished(path: Path, epoch: Any) -> str | None:
+    """What the training that wrote the checkpoint file `path` lacks: "epoch 6 of 10, training not finished"; else None.
+
+    `epoch`: the checkpoint's own, None where it is not known.
+    """
+    history, done = path.with_name("history.csv"), epoch if isinstance(epoch, int) else 0
+    with contextlib.suppress(UserError):  # weights alone, or a run of another version
+        planned = TrainConfig.from_json(path.with_name("config.json")).epochs
+        # the history is written after the checkpoint; without one, only the first epoch is known not to be the last
+        done = max(done, len(read_csv(history, ["epoch"]))) if history.exists() or done != 1 else done
+        return f"epoch {done} of {planned}, training not finished" if done < planned else None
+    return None
+
+
+def remarks(name: str | Path) -> list[str]:
+    """Lines to print about the weights `name` (as `find_weights` takes it): a training that is not finished."""
+    what = unfinished(path := find_weights(name), load_checkpoint(path).get("epoch"))
+    return [f"note: {path}: {what}"] if what else []
 
 
 def weights_id(checkpoint: str | Path) -> str:
@@ -62,19 +82,6 @@ def _save(path: Path, value: dict[str, Any]) -> None:
         temporary.write_bytes(content.getbuffer())
 
 
-def _load(path: Path) -> Any:
-    """What `torch.save` wrote to `path`, without running any code in it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on odd files before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler of damaged bytes raises anything
-        raise UserError(
-            f"{path}: is not a checkpoint that can be read safely ({type(error).__name__}); "
-            "give a checkpoint.pth of a run, or a state dict saved by torch.save"
-        ) from None
-
-
 def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[str, Any], **notes: Any) -> None:
     """Write weights, and all that is needed to use them, to `path`: whole or not at all.
 
@@ -88,18 +95,19 @@ def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[st
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint dictionary at `path`: one of ours, or a plain state dict as that of the original's network.
+    """The checkpoint dictionary at `path`: one of ours, or made of a state dict, maybe wrapped, of a network of `MODELS`.
 
     Raises `UserError`: no such file, no checkpoint, one that would run code, or of a format this version does not know.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    checkpoint = _load(path)
-    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values()):
-        return {"format": None, "model": "attention_unet", "arguments": {}, "state_dict": checkpoint}
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: is not a checkpoint of this package, nor a plain state dict")
+    checkpoint = load_safely(path)
+    kind = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if not isinstance(kind, str) or not kind.startswith(CHECKPOINT_FORMAT[:-1]):
+        return recognised(path, checkpoint)
+    if kind != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: is of another version ({kind[:40]}); pip install --upgrade retina_seg")
     needed = {"model": str, "arguments": dict, "state_dict": dict}
     if not all(isinstance(checkpoint.get(key), kind) for key, kind in needed.items()):
         raise UserError(f"{path}: the checkpoint is incomplete; it needs {', '.join(needed)}")
@@ -176,12 +184,12 @@ def save_last(folder: Path, value: dict[str, Any]) -> None:
 
 def load_last(folder: Path) -> dict[str, Any] | None:
     """What `save_last` wrote; None where nothing was saved yet. Raises `UserError`: the file is damaged."""
-    return _load(folder / LAST) if (folder / LAST).exists() else None
+    return load_safely(folder / LAST) if (folder / LAST).exists() else None
 
 
 def free_folder(path: str | Path) -> Path:
     """`path`, or the first of path-2, path-3, … that holds no run yet."""
-    path = Path(path)
+    path = user_path(path)
     taken, number = path, 1
     while (taken / "config.json").exists() or (taken / "checkpoint.pth").exists():
         number += 1
@@ -195,7 +203,7 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
     Raises:
         UserError: it holds a run that is not asked for, none where one is, or one of another config or number of processes.
     """
-    folder = Path(config.output)
+    folder = user_path(config.output)
     if not resume:
         if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
             raise UserError(

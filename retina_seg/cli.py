@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files
     options = build_parser().parse_args(arguments)
+    vars(options).update({name: _expanded(value) for name, value in vars(options).items()})
     if options.command not in ("train", "predict") and os.environ.get("WORLD_SIZE", "1") != "1":
         return _fail("several processes share train and predict only; run this command without torchrun", 2)
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -53,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("the memory of this machine is too small for that", 2)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _expanded(value: Any) -> Any:
+    """`value` with `~` as the home folder, which no shell expands in --output=~/maps or in quotes; lists too."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class _Terminated(KeyboardInterrupt):
@@ -413,9 +421,11 @@ def _synth(options: argparse.Namespace) -> None:
     STYLE,
 )
 def _export(options: argparse.Namespace) -> None:
+    from retina_seg.checkpoint import remarks
     from retina_seg.inference.export import export
 
     difference = export(options.weights, options.output, options.style)
+    _say(*remarks(options.weights))
     _say(f"written to {options.output}; its probabilities differ from torch's by at most {difference:.1g}")
 
 

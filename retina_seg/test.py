@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
-from retina_seg.checkpoint import find_weights, load_checkpoint
+from retina_seg.checkpoint import find_weights, load_checkpoint, unfinished, weights_id
 from retina_seg.config import TrainConfig, check_threshold
 from retina_seg.data import Pair, list_pairs
 from retina_seg.device import environment, images_at_once
@@ -22,7 +21,17 @@ from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
 from retina_seg.model import count_parameters
-from retina_seg.utils import UserError, create_dir, format_number, read_csv, read_json, write_csv, write_json
+from retina_seg.sets.layout import check_masks
+from retina_seg.utils import (
+    UserError,
+    create_dir,
+    format_number,
+    output_folder,
+    read_json,
+    user_path,
+    write_csv,
+    write_json,
+)
 from retina_seg.visualize import REGION_NAMES, mask_parse
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
@@ -107,24 +116,29 @@ def test(
         part: "test", or "validation": the training images that the run `checkpoint` held out.
         pictures: whether to write `images/`, `contact_sheet.png` (worst image first) and `curves_test.png`.
 
-    Raises `UserError` as `Segmenter.load`, `list_pairs`, `held_out_pairs`, `score_pairs`; `output` holds other scores.
+    Raises `UserError` as what it calls, or where `output` holds scores of other weights, options or images.
     """
-    path, how, folder = find_weights(checkpoint), get_protocol(protocol), Path(output)
+    path, how, folder = find_weights(checkpoint), get_protocol(protocol), user_path(output)
     segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
     pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
-    what = {"name": protocol, "data": str(data), "part": part}
-    what |= {"tta": segmenter.tta, "working_size": options.get("working_size")}
+    own = path.name == "checkpoint.pth" and folder.resolve().is_relative_to(path.parent.resolve())
+    what = {"name": protocol, "data": str(data), "part": part, "weights": "of this run" if own else weights_id(path)}
+    what |= {"tta": segmenter.tta, "working_size": options.get("working_size"), "given_threshold": threshold}
+    what["style"] = options.get("style") or notes.get("style")
     there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what
-    if not isinstance(there, dict) or any(there.get(key) != value for key, value in what.items()):
-        raise UserError(f"{folder / 'metrics.json'}: holds other scores; choose another --output")
-    create_dir(folder)
-    result = score_pairs(segmenter, pairs, protocol, threshold, folder / "images" if pictures else None, progress)
+    if other := [key for key, value in what.items() if not isinstance(there, dict) or there.get(key, "none") != value]:
+        raise UserError(f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)}); choose another --output")
+    for line in check_masks(pairs):
+        tqdm.write(line)
+    images = folder / "images" if pictures else None
+    with output_folder(images or folder):
+        result = score_pairs(segmenter, pairs, protocol, threshold, images, progress)
     given = "given" if threshold is not None else "fixed" if how.threshold else notes.get("threshold_from", "fixed")
     what |= {"size": f"{how.size[1]}x{how.size[0]}" if how.size else "native", "threshold": result["threshold"]}
     what |= {"threshold_from": given, "selected_on": notes.get("selected_on", "unknown"), "images": len(pairs)}
     model = {"name": notes["model"], "parameters": count_parameters(segmenter.model), "checkpoint": str(checkpoint)}
-    model |= {"epoch": notes.get("epoch"), "unfinished": _unfinished(path.parent), "frame": segmenter.frame.to_dict()}
-    model["style"] = options.get("style") or notes.get("style")
+    model |= {"epoch": notes.get("epoch"), "unfinished": unfinished(path, notes.get("epoch")), "style": what["style"]}
+    model |= {"frame": segmenter.frame.to_dict(), "weights_id": weights_id(path)}
     speed = {"images_per_second": images_at_once(segmenter.device) / result["seconds"]}
     speed |= environment(segmenter.device, segmenter.precision)
     scores = {key: result[key] for key in ("frame", "fov", "second_observer", "images") if result[key]}
@@ -153,7 +167,7 @@ def default_output(
 
 def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
     """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
-    path = Path(run) / "config.json"
+    path = user_path(run) / "config.json"
     names = read_json(path).get("validation")
     if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
         raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
@@ -161,14 +175,6 @@ def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
     if len(pairs) < len(names):
         raise UserError(f"{data}: lacks training images that {run} held out; give the dataset it was trained on")
     return pairs
-
-
-def _unfinished(run: Path) -> str | None:
-    """What the training in the folder `run` did, such as "6 of 10 epochs"; None where it is finished or not known."""
-    with contextlib.suppress(UserError):  # weights alone, or a run of another version
-        planned, done = TrainConfig.from_json(run / "config.json").epochs, len(read_csv(run / "history.csv", ["epoch"]))
-        return f"{done} of {planned} epochs" if done < planned else None
-    return None
 
 
 def original_lines(value: dict[str, Any]) -> list[str]:
@@ -193,7 +199,7 @@ def table(value: dict[str, Any]) -> str:
     if protocol["selected_on"] == "test":
         lines.append("note: the epoch was chosen on the test images, as in the original: these scores are optimistic")
     if value["model"].get("unfinished"):
-        lines.append(f"note: the training is not finished: {value['model']['unfinished']}")
+        lines.append(f"note: {value['model']['unfinished']}")
     return "\n".join(lines)
 
 

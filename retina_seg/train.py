@@ -34,10 +34,10 @@ from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.sets.layout import Pair, list_pairs, mask_remarks
+from retina_seg.sets.layout import Pair, check_masks, list_pairs
 from retina_seg.styles import GROUPS, measure_styles, of_style
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
-from retina_seg.utils import Rows, UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
+from retina_seg.utils import Rows, UserError, epoch_time, natural_sort, output_folder, seeding, write_csv, write_json
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
@@ -248,16 +248,18 @@ def fit(
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments, styles=len(opened.datasets))
-    loop = _Loop(config, opened, model, device, world, loss or LOSSES[config.loss])
-    if world.is_main:
-        check_run_folder(config, resume, world.size)
-    world.barrier()
-    if resume:
-        loop.load()
-        if world.is_main and TrainConfig.from_json(loop.folder / "config.json").epochs != config.epochs:
+    with output_folder(config.output) as folder:
+        own_config = dataclasses.replace(config, output=str(folder))
+        loop = _Loop(own_config, opened, model, device, world, loss or LOSSES[config.loss])
+        if world.is_main:
+            check_run_folder(config, resume, world.size)
+        world.barrier()
+        if resume:
+            loop.load()
+            if world.is_main and TrainConfig.from_json(folder / "config.json").epochs != config.epochs:
+                loop.describe()
+        elif world.is_main:
             loop.describe()
-    elif world.is_main:
-        loop.describe()
     progress = progress and world.is_main
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
     number = loop.state["epoch"] + 1
@@ -294,7 +296,7 @@ class _Loop:
         self, config: TrainConfig, opened: _Data, model: nn.Module, device: torch.device, world: World, loss: Loss
     ) -> None:
         self.config, self.opened, self.device, self.world = config, opened, device, world
-        self.folder = create_dir(config.output)
+        self.folder = Path(config.output)
         self.precision = choose_precision(config.precision, device)
         self.model = model.to(device, memory_format=training_layout(device, self.precision))
         self.parallel = world.parallel(self.model, device)
@@ -319,7 +321,7 @@ class _Loop:
 
     def describe(self) -> None:
         """Write config.json, and say what is odd about the masks."""
-        for line in mask_remarks([*self.opened.training_pairs, *self.opened.validation_pairs]):
+        for line in check_masks([*self.opened.training_pairs, *self.opened.validation_pairs]):
             tqdm.write(line)
         value = {
             "config": dataclasses.asdict(self.config),

@@ -102,6 +102,20 @@ def create_dir(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def output_folder(path: str | Path) -> Iterator[Path]:
+    """Gives the folder `path`, made with its parents; where the block fails, those that were made and are empty go again."""
+    path = user_path(path)
+    new = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        yield create_dir(path)
+    except BaseException:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def epoch_time(start_time: float, end_time: float) -> tuple[int, int]:
     """The time between two `time.time()` readings (seconds) as whole (minutes, seconds)."""
     minutes, seconds = divmod(int(end_time - start_time), 60)
@@ -157,7 +171,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Raises `UserError`: the folder may not be written to, or the disk is full.
     """
-    path = Path(path)
+    path = user_path(path)
     # short and random: a name of the greatest allowed length still has a temporary twin
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.partial{path.suffix}")
     try:
@@ -201,7 +215,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises `UserError`: there is no such file, or it does not hold a JSON object.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: is not a regular file")  # but a pipe, say, which would be waited for

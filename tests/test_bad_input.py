@@ -108,6 +108,8 @@ class Desk:
             "threshold": lambda: [given, "--data", self.tiny_set, "--output", output],
             "synth": lambda: [output, "--train", 1, "--test", 1, "--size", 64],
             "export": lambda: ["--weights", weights, "--output", output],
+            "bench": lambda: ["--original", weights, "--data", data, "--output", output / "below"],
+            "degrade": lambda: ["--weights", weights, "--data", data, "--output", output / "below"],
         }
         return [command, *arguments[command]()]
 
@@ -295,6 +297,11 @@ for command, *options in (
     ("prepare", "--size", "tiny"),
     ("synth", "--size", 10**9),
     ("check", "--size", 9),
+    ("bench", "--rounds", 0),
+    ("degrade", "--threshold", 2),
+    ("export", "--output", "new/below/x.pth"),
+    ("run", "--loss", "none"),
+    ("train", "--styles", "datasets", "--frame", "fov", "--style", "odd"),
 ):
     name = f"{options[-2]} {str(options[-1])[:10]}"
     case(name, command, lambda d, c=command, o=options: [*d.command(c), *o], rf"{options[-2].strip('-')}\b")
@@ -350,7 +357,8 @@ NAMES = (  # a file's name, and how it is shown
 )
 COMMANDS = ("check", "train", "predict", "test")
 for (kind, name, line), command, other in zip(NAMES, cycle(COMMANDS), cycle(COMMANDS[::-1]), strict=False):
-    make, line = named(command, name, False), f"images?/{re.escape(line)}.png: {NO_IMAGE}"
+    kind_of_file = "(image|mask)" if command in ("train", "test") else "images?"
+    make, line = named(command, name, False), f"{kind_of_file}/{re.escape(line)}.png: {NO_IMAGE}"
     case(f"a bad file, {kind}", command, make, line, 1 if command in ("check", "predict") else 2, WHOLE)
     works(f"a name with {kind}", other, named(other, name, True))
 
@@ -366,8 +374,8 @@ def desk(tmp_path, tiny_set, tiny_run, monkeypatch):
 
 
 def there(folder):
-    """Every file and link below `folder` with a digest of what it holds."""
-    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    """Every file, link and folder below `folder` with a digest of what it holds."""
+    paths = [Path(place, name) for place, folders, names in os.walk(folder) for name in (*folders, *names)]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in paths}
 
 
@@ -402,6 +410,9 @@ def test_bad_input_is_one_line_that_names_it(make, said, status, leaves, desk, c
     after = there(desk.folder)
     assert {path: after.get(path) for path in before} == before
     for path in after.keys() - before.keys():
+        if path.is_dir():
+            assert any(path.iterdir())  # no empty folder is left
+            continue
         assert re.fullmatch(leaves, path.name)
         readers = {".json": read_json, ".png": read_image, ".pth": lambda p: torch.load(p, weights_only=True)}
         readers.get(path.suffix, Path.read_bytes)(path)  # whole

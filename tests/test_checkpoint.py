@@ -1,5 +1,6 @@
 """Checkpoints in and out; a training that is stopped, killed or runs out of room goes on as if nothing had been."""
 
+import argparse
 import errno
 import hashlib
 import itertools
@@ -9,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_model import shaken
@@ -17,7 +19,7 @@ from test_train import at_step, same_weights, tiny, weights_of, without_curves  
 from retina_seg import checkpoint
 from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, load_last, load_model, save_last, save_model
 from retina_seg.config import TrainConfig
-from retina_seg.model import AttentionUNet, build_model
+from retina_seg.model import MODELS, AttentionUNet, build_model
 from retina_seg.train import fit
 from retina_seg.utils import UserError, without_nan
 
@@ -73,19 +75,50 @@ def test_a_checkpoint_with_styles_loads_as_its_default_or_the_one_asked_for(tmp_
         load_model("drive", "fine")
 
 
-def test_a_plain_state_dict_of_the_original_loads(tmp_path):
-    original = shaken(AttentionUNet())
-    torch.save(original.state_dict(), tmp_path / "checkpoint.pth")  # as the original's notebook does
-    loaded, told = load_model(tmp_path / "checkpoint.pth")
-    assert told["model"] == "attention_unet" and same_weights(loaded.state_dict(), original.state_dict())
+def prefixed(*prefixes):
+    return lambda weights: {prefix + key: value for prefix in prefixes for key, value in weights.items()}
+
+
+BESIDE = {
+    "args": argparse.Namespace(lr=0.1, folder=Path("x")),
+    "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"lr": 0.1}]},
+    **{"epoch": 3, "loss": np.float64(0.3), "curve": np.arange(3.0), "step": torch.tensor(3), "note": None},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,  # as the original's notebook saves it
+        *map(prefixed, ("module.", "_orig_mod.", "model.", "net.", "module._orig_mod.")),
+        *(lambda w, k=k: {k: w, "epoch": 3} for k in ("model_state_dict", "state_dict", "model", "net", "weights")),
+        lambda w: {"best": {"ema": prefixed("module.")(w), "decay": 0.9}, **BESIDE},
+        lambda w: {"first": w, "again": w, **BESIDE},
+        lambda w: {**w, "epoch": 3},
+        lambda w: {"state_dict": {**prefixed("model.")(w), "loss_fn.pos_weight": torch.ones(1)}},
+        lambda w: {"n_averaged": torch.tensor(3), **prefixed("module.")(w)},
+        lambda w: {key: value.double() for key, value in w.items()},
+    ],
+)
+def test_weights_in_the_usual_wrappings_give_the_same_logits(tmp_path, name, wrap):
+    original, path, x = shaken(build_model(name)).eval(), tmp_path / "checkpoint.pth", torch.rand(1, 3, 16, 16)
+    torch.save(wrap(original.state_dict()), path)
+    loaded, told = load_model(path)
+    assert told["model"] == name and told["arguments"] == {}
+    assert torch.equal(loaded(x), original(x))
+    torch.save({key: value.half() for key, value in original.state_dict().items()}, path)
+    assert torch.equal(load_model(path)[0](x), original.half().float()(x))
 
 
 def test_weights_are_found_by_file_run_folder_or_name(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     assert checkpoint.find_weights(saved) == checkpoint.find_weights(saved.parent) == saved
     assert load_model("drive")[1]["model"] == "fast_attention_unet" and "drive" in checkpoint.pretrained_weights()
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert checkpoint.find_weights("~") == checkpoint.find_weights(Path("~/checkpoint.pth")) == saved
     (saved.parent / "tiny").mkdir()  # a folder comes before a name
-    for name, said in (("tiny", "tiny: holds no checkpoint.pth"), ("nowhere", "pretrained weights: drive")):
+    for name, said in (("tiny", "tiny: holds no checkpoint.pth; .*--weights tiny"), ("nowhere", "weights: drive")):
         with pytest.raises(UserError, match=said):
             checkpoint.find_weights(name)
 
@@ -112,11 +145,36 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, writer
     assert not target.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" * 99, pickle.dumps([1, 2]), 0.5, 0.999])
-def test_what_is_no_checkpoint_is_refused_by_name(saved, content):
-    whole = saved.read_bytes()
-    saved.write_bytes(content if isinstance(content, bytes) else whole[: int(len(whole) * content)])
-    with pytest.raises(UserError, match="checkpoint.pth: is not a checkpoint"):
+OTHERS = {"generator": network().state_dict(), "discriminator": {"weight": torch.ones(2, 2)}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "an empty file"),
+        (b"garbage\xff", "damaged, cut short, or not"),
+        (b"PK\x03\x04" * 99, "damaged, cut short"),
+        (pickle.dumps([1, 2]), "not written by torch.save"),
+        (0.5, "cut short"),
+        (0.999, "cut short"),
+        (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"\x93NUMPY\x01\x00", r"a NumPy file; .*torch.save\(model.state_dict\(\), path\)"),
+        (b'\x40\0\0\0\0\0\0\0{"w": 1}', "a safetensors file; .*torch.save"),
+        (b"\x08\x0a\x12\x07pytorch", "an ONNX file"),
+        (torch.nn.Linear(2, 2), r"a whole pickled network.*torch.nn.modules.linear.Linear\); .*torch.save"),
+        ({"epoch": 3, "weights": None}, "holds keys epoch, weights and no weights"),
+        (OTHERS, r"several networks \(generator, discriminator\)"),
+        ({"state": 1, "model": 1, "optimizer": 1, "random": 1}, "train --resume needs; give .*checkpoint.pth"),
+        (prefixed("student.", "teacher.")(AttentionUNet().state_dict()), "student.e1.* of another architecture"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_what_it_is(saved, content, said):
+    if isinstance(content, float):
+        os.truncate(saved, int(saved.stat().st_size * content))
+    else:
+        saved.write_bytes(content) if isinstance(content, bytes) else torch.save(content, saved)
+    with pytest.raises(UserError, match=f"checkpoint.pth: .*{said}"):
         load_model(saved)
 
 
@@ -124,7 +182,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(saved, content):
     ("change", "message"),
     [
         (lambda c: c.update(arguments=None), "incomplete"),
-        (lambda c: c.update(format="retina_seg checkpoint 99"), "not a checkpoint of this package"),
+        (lambda c: c.update(format="retina_seg checkpoint 99"), "another version .*pip install"),
         (lambda c: c.update(model="unet"), "unknown"),
         (lambda c: c.update(arguments={"depth": 3}), "depth"),
         (lambda c: c.update(arguments={**SMALL, "deepest": 16}), "another architecture than fast_attention_unet"),

@@ -13,6 +13,7 @@ from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import write_image
 from retina_seg.sets.layout import (
     Pair,
+    check_masks,
     collect_files,
     find_set,
     list_pairs,
@@ -20,7 +21,6 @@ from retina_seg.sets.layout import (
     load_pair,
     load_with_fov,
     mask_remark,
-    mask_remarks,
 )
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError
@@ -264,7 +264,7 @@ def test_odd_masks_are_remarked_on_once_a_kind(tmp_path):
         assert said in remark if said else remark is None
     values = [0, 255, 1, 0, 0]
     pairs = [pair_on_disk(tmp_path, str(k), noise(2, 2, 3), np.full((2, 2), v, np.uint8)) for k, v in enumerate(values)]
-    black, ones = mask_remarks(pairs)
+    black, ones = check_masks(pairs)
     assert black.startswith(f"warning: {pairs[0].mask} and 2 more: the mask is all black")
     assert ones.startswith(f"warning: {pairs[2].mask}: the mask holds 0 and 1")
 

@@ -13,11 +13,13 @@ import torch
 from sklearn import metrics as sk
 from torch import nn
 
+from retina_seg.checkpoint import remarks, save_model
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import find_fov
 from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference.protocol import get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
+from retina_seg.model import AttentionUNet
 from retina_seg.test import ORIGINAL_FIVE, calculate_metrics, default_output, original_lines, score_pairs, table, test
 from retina_seg.transforms import FovFrame, ResizeFrame
 from retina_seg.utils import UserError, read_json, write_json
@@ -193,12 +195,31 @@ def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):
 
 def test_scores_of_an_unfinished_training_say_so(tiny_run, tiny_set, tmp_path):
     config = read_json(tiny_run / "config.json")
-    config["config"]["epochs"] = 3
+    config["config"]["epochs"] = 36
     write_json(tmp_path / "config.json", config)
-    for name in ("checkpoint.pth", "history.csv"):
-        (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
-    value = test(tmp_path, tiny_set, tmp_path, progress=False, pictures=False)
-    assert value["model"]["epoch"] == 1 and "note: the training is not finished: 1 of 3 epochs" in table(value)
+    (tmp_path / "checkpoint.pth").write_bytes((tiny_run / "checkpoint.pth").read_bytes())
+    said = "epoch 1 of 36, training not finished"
+    assert remarks(tmp_path) == [f"note: {tmp_path}/checkpoint.pth: {said}"]  # killed before the history was written
+    (tmp_path / "history.csv").write_bytes((tiny_run / "history.csv").read_bytes())
+    for _ in range(2):  # once more, by the file: the same scores
+        value = test(tmp_path / "checkpoint.pth", tiny_set, tmp_path, progress=False, pictures=False)
+    assert said in table(value) and read_json(tmp_path / "metrics.json")["model"]["unfinished"] == said
+    assert remarks(tiny_run) == remarks("tiny") == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"style": "a"}, {"protocol": "native"}, {"threshold": 0.4}, {"tta": True}, "tiny", "b"]
+)
+def test_scores_of_other_weights_or_options_are_never_replaced(styled, tiny_set, tmp_path, change):
+    options = {"progress": False, "pictures": False}
+    test(styled, tiny_set, tmp_path / "out", **options)
+    before = read_json(tmp_path / "out/metrics.json")
+    other, wanted = (styled, change) if isinstance(change, dict) else (change, {})
+    if other == "b":  # of the same name, in a folder of its own
+        other = save_model(tmp_path / "styled.pth", AttentionUNet(), "attention_unet", {}) or tmp_path / "styled.pth"
+    with pytest.raises(UserError, match=r"out/metrics.json: holds other scores \(.*\); choose another --output"):
+        test(other, tiny_set, tmp_path / "out", **options, **wanted)
+    assert read_json(tmp_path / "out/metrics.json") == before
 
 
 def test_a_style_of_labelling_is_noted_with_its_own_scores(styled, tiny_set, tmp_path):

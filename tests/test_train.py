@@ -27,7 +27,7 @@ from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import attention_unet
-from retina_seg.sets.layout import load_with_fov, mask_remarks
+from retina_seg.sets.layout import check_masks, load_with_fov
 from retina_seg.train import NotFinite, evaluate, fit, split_set, train
 from retina_seg.transforms import frame_from_dict
 from retina_seg.utils import UserError, seeding
@@ -289,5 +289,5 @@ def test_odd_masks_are_said_as_the_training_starts(tiny_set, tmp_path, capsys):
     for pair, factor in zip(list_pairs(data, "train"), (1 / 255, 0), strict=False):
         write_image(pair.mask, np.uint8(read_grey(pair.mask) * factor))
     fit(tiny(data, tmp_path / "run", epochs=1, frame="resize"), progress=False)
-    lines = mask_remarks(list_pairs(data, "train"))
+    lines = check_masks(list_pairs(data, "train"))
     assert len(lines) == 2 and capsys.readouterr().out.splitlines() == lines

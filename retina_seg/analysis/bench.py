@@ -37,7 +37,7 @@ from retina_seg.sets.synthetic import synthetic_image, write_set
 from retina_seg.test import score_pairs
 from retina_seg.train import train
 from retina_seg.transforms import mask_to_tensor, to_tensor
-from retina_seg.utils import UserError, create_dir, write_json
+from retina_seg.utils import UserError, output_folder, write_json
 from retina_seg.visualize import strip
 
 BASELINE, KEPT, SAME = "baseline", "baseline, memory kept", "same weights, optimised"
@@ -79,8 +79,8 @@ def bench(
     how, load = [{"device": where, "precision": precision} for where in devices], Segmenter.load
     machines = [{SAME: Segmenter(network, **h), "fast": load(fast, **h), "tiny": load("tiny", **h)} for h in how]
     pairs = [] if data is None else list_pairs(data, "test")
-    output, rows = create_dir(output), []
-    with tempfile.TemporaryDirectory() as scratch:
+    rows: Rows = []
+    with output_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         pairs = pairs or list_pairs(write_set(Path(scratch, "set"), 1, images, (size, size), progress=False), "test")
         for segmenters in machines:
             rows += forward(segmenters, size, rounds, progress) + step(segmenters, size, rounds, progress)
@@ -90,7 +90,7 @@ def bench(
         counts[name] = {"parameters": count_parameters(one.model), "gmacs": count_macs(one.model, size, size) / 1e9}
     machine = {**environment(first.device, first.precision), "processor": processor()}
     value = {"rows": rows, "networks": counts, "size": size, "environment": machine}
-    write_json(output / "bench.json", value)
+    write_json(folder / "bench.json", value)
     return value
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from retina_seg import visualize
 from retina_seg.metrics import SCORES, bootstrap
-from retina_seg.utils import UserError, create_dir, format_number, read_json, write_csv
+from retina_seg.utils import UserError, create_dir, format_number, read_json, user_path, write_csv
 
 SHOWN = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
 
 
 def read_metrics(run: str | Path) -> dict[str, Any]:
     """What `metrics.json` of the folder `run` (or the file itself) holds. Raises `UserError`: no scores."""
-    path = Path(run) / "metrics.json" if Path(run).is_dir() else Path(run)
-    value, numbers = read_json(path), []
+    path = user_path(run) / "metrics.json" if user_path(run).is_dir() else user_path(run)
+    value, numbers = read_json(path) if path.exists() else {}, []
     try:  # what is read here and in the figure: numbers, or None where undefined
         value["protocol"].get("size")
         named = {image["name"] for image in value["images"]}
@@ -75,7 +75,8 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
         lines.append("")
     write_csv(output / "comparison.csv", ["run", "protocol", "region", "statistic", *SCORES], rows)
     visualize.save_figure(output / "comparison.png", visualize.comparison(titles, values))
-    return lines[:-1]
+    remarks = [(value.get("model") or {}).get("unfinished") for value in values]
+    return lines[:-1] + [f"note: {title}: {what}" for title, what in zip(titles, remarks, strict=True) if what]
 
 
 def _titles(runs: Sequence[str | Path]) -> list[str]:

@@ -16,13 +16,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
+from retina_seg.checkpoint import remarks
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import fov_diameter
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
+from retina_seg.sets.layout import check_masks
 from retina_seg.test import held_out_pairs
-from retina_seg.utils import create_dir, format_number, write_csv
+from retina_seg.utils import format_number, output_folder, write_csv
 
 COLUMNS = ("degradation", "images", "f1", "difference", "auc", "worst_f1", "worst_image")
 MEAN, WORST = "#0072b2", "#d55e00"  # blue, vermilion: told apart with every kind of colour blindness
@@ -108,13 +110,15 @@ def degrade(
     """
     segmenter = Segmenter.load(weights, **{"precision": "float32", **options})
     pairs = held_out_pairs(weights, data) if part == "validation" else list_pairs(data, part)
-    output, rows = create_dir(output), degraded_scores(segmenter, pairs, progress)
-    write_csv(output / "degrade.csv", COLUMNS, rows)
+    notes = [*check_masks(pairs), *remarks(weights)]
+    with output_folder(output) as folder:
+        rows = degraded_scores(segmenter, pairs, progress)
+        write_csv(folder / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"
     title += f", style {options['style']}" if options.get("style") else ""
-    visualize.save_figure(output / "degrade.png", plot(rows, title))
+    visualize.save_figure(folder / "degrade.png", plot(rows, title))
     lines = [title, f"{'degradation':<22}{'F1':>8}{'difference':>12}{'AUC':>8}{'worst F1':>10}  worst image"]
     for row in rows:
         f1, difference, auc, worst = (format_number(row[name]) for name in COLUMNS[2:6])
         lines.append(f"{row['degradation']:<22}{f1:>8}{difference:>12}{auc:>8}{worst:>10}  {row['worst_image']}")
-    return lines
+    return lines + notes

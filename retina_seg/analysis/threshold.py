@@ -11,12 +11,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
+from retina_seg.checkpoint import remarks
 from retina_seg.data import Pair
 from retina_seg.inference.protocol import get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import THRESHOLDS, threshold_scores
+from retina_seg.sets.layout import check_masks
 from retina_seg.test import held_out_pairs
-from retina_seg.utils import UserError, create_dir, write_csv
+from retina_seg.utils import UserError, output_folder, write_csv
 
 F1_GIVEN_AWAY = 0.0005  # at most, for a higher accuracy
 CHOICES = {"f1": "highest F1", "accuracy": f"highest accuracy within {F1_GIVEN_AWAY} of that F1"}
@@ -76,17 +78,19 @@ def threshold(
     `options` are those of `threshold_curves`. Returns lines for people. Raises `UserError` as it and `held_out_folds`.
     """
     folds, region = held_out_folds(runs, data), visualize.REGION_NAMES[get_protocol(protocol).region]
-    curves = threshold_curves(folds, protocol, **options)
-    output, chosen = create_dir(output), choose(curves)
+    notes = sum(map(remarks, runs), check_masks([pair for _, pairs in folds for pair in pairs]))
+    with output_folder(output) as folder:
+        curves = threshold_curves(folds, protocol, **options)
+    chosen = choose(curves)
     rows = {cut: {"threshold": cut, **{n: curves[n][i] for n in SCORES}} for i, cut in enumerate(THRESHOLDS)}
-    write_csv(output / "thresholds.csv", ["threshold", *SCORES], rows.values())
+    write_csv(folder / "thresholds.csv", ["threshold", *SCORES], rows.values())
     title = f"{sum(len(pairs) for _, pairs in folds)} held-out images, {protocol}, {region}"
     title += ", TTA" if options.get("tta") else ""
     lines = {name: (THRESHOLDS, curves[name]) for name in SCORES}
     marks = {f"{CHOICES[name]}: {cut:.2f}": cut for name, cut in chosen.items()}
     chart = visualize.line_chart(lines, "threshold", "mean over images", marks, title=title)
-    visualize.save_figure(output / "thresholds.png", chart)
+    visualize.save_figure(folder / "thresholds.png", chart)
     table = [title, "threshold" + "".join(f"{name:>11}" for name in SCORES)]
     for name, cut in chosen.items():
         table.append(f"{cut:>9.2f}" + "".join(f"{rows[cut][n]:>11.4f}" for n in SCORES) + f"  {CHOICES[name]}")
-    return table
+    return table + notes

@@ -18,7 +18,7 @@ from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.inference.segmenter import Segmenter, image_batch
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.transforms import NORMAL_MEAN, NORMAL_SPREAD, ResizeFrame
-from retina_seg.utils import UserError, atomic_write, create_dir
+from retina_seg.utils import UserError, atomic_write, output_folder, user_path
 
 LARGEST_DIFFERENCE = 1e-4  # in probability; rounding makes a few millionths
 INSTALL = 'pip install --upgrade "retina_seg[onnx]"'
@@ -33,7 +33,7 @@ def export(weights: str | Path, output: str | Path, style: str | None = None) ->
     `UserError`: weights that do not load, no such style, NaN, a file that is unwritable or not .onnx, missing packages, a
     difference that is too large.
     """
-    checkpoint, output = find_weights(weights), Path(output)
+    checkpoint, output = find_weights(weights), user_path(output)
     segmenter = Segmenter.load(checkpoint, style=style, device="cpu", precision="float32")
     values, notes = metadata(segmenter, weights_id(checkpoint)), load_checkpoint(checkpoint)
     if styles := notes.get("styles"):
@@ -42,8 +42,7 @@ def export(weights: str | Path, output: str | Path, style: str | None = None) ->
         raise UserError(f"--output {output}: must end in .onnx")
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; choose another name")
-    create_dir(output.parent)
-    with atomic_write(output) as temporary:
+    with output_folder(output.parent), atomic_write(output) as temporary:
         temporary.touch()  # a folder that may not be written to is found before the work
         content = _onnx_file(segmenter.model, values)
         difference = _difference(content, segmenter.model)

@@ -191,7 +191,7 @@ def mask_remark(mask: np.ndarray) -> str | None:
     }.get(highest, f"is black where it is read: its brightest value is {highest}, vessel is above 127")
 
 
-def mask_remarks(pairs: Sequence[Pair]) -> list[str]:
+def check_masks(pairs: Sequence[Pair]) -> list[str]:
     """A line for every kind of odd mask among `pairs` (`mask_remark`). Raises `UserError`: a mask cannot be read."""
     odd: dict[str, list[Path]] = {}
     for pair in pairs:
