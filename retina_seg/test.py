@@ -22,6 +22,7 @@ from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
 from retina_seg.model import count_parameters
+from retina_seg.sets.layout import check_untrained
 from retina_seg.utils import UserError, create_dir, format_number, read_csv, read_json, write_csv, write_json
 from retina_seg.visualize import REGION_NAMES, mask_parse
 
@@ -112,6 +113,8 @@ def test(
     path, how, folder = find_weights(checkpoint), get_protocol(protocol), Path(output)
     segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
     pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
+    if part == "test":
+        check_untrained(path.parent, pairs)
     what = {"name": protocol, "data": str(data), "part": part}
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size")}
     there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what

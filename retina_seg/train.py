@@ -25,7 +25,7 @@ from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.sets.layout import Pair, list_pairs, mask_remarks
+from retina_seg.sets.layout import Pair, check_apart, list_pairs, mask_remarks
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
 from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
 
@@ -143,7 +143,9 @@ def split_set(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     pairs = list_pairs(config.data, "train")
     if config.validation == "photos":
         return data.split_by_photo(pairs, config.held_out, config.split_seed, config.fold)
-    return pairs, list_pairs(config.data, "test") if config.validation == "test" else []
+    tested = list_pairs(config.data, "test") if config.validation == "test" else []
+    check_apart(pairs, tested)
+    return pairs, tested
 
 
 def _open_data(config: TrainConfig, stride: int) -> _Data:

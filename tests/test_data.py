@@ -88,7 +88,7 @@ def test_what_is_no_dataset_is_told_apart(tmp_path):
         (tmp_path / file).write_bytes(b"")
     layout, published = "no train/image or test/image", "as published.*retina-seg prepare"
     said = {"deep": layout, "both": "several datasets.*one.*two", "drive": published, "chase": published}
-    for name, line in {**said, "missing": "missing: no such folder", "file": "file: no such folder"}.items():
+    for name, line in {**said, "missing": "missing: no such folder", "file": "file: is an empty file"}.items():
         with pytest.raises(UserError, match=line):
             find_set(tmp_path / name)
     assert find_set(tmp_path / "both/two") == tmp_path / "both/two"
