@@ -19,7 +19,7 @@ from typing import Any
 
 from retina_seg import __version__
 from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
-from retina_seg.sets.layout import PARTS
+from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError
 
@@ -268,8 +268,8 @@ def _run(options: argparse.Namespace) -> None:
     check_apart(training, tested)
     _say(f"{folder}: {len(training)} training and {len(tested)} test images")
     preset = options.preset or ("quick" if synthetic else "fast")
-    folder = folder if isinstance(folder, dict) else str(folder)
-    changes = {**_given(options), "data": folder, "output": str(free_folder(options.output))}
+    chosen = folder if isinstance(folder, dict) else str(folder)
+    changes = {**_given(options), "data": chosen, "output": str(free_folder(options.output))}
     run = fit(TrainConfig.from_preset(preset, **changes))
     value = test(run.folder, folder, run.folder)
     print(table(value))

@@ -12,18 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from retina_seg.images import IMAGE_SUFFIXES, read_grey, read_image
-from retina_seg.sets.layout import (
-    ALL,
-    KINDS,
-    PARTS,
-    Data,
-    collect_files,
-    find_set,
-    list_parts,
-    mask_remark,
-    photo_ids,
-    read_index,
-)
+from retina_seg.sets.files import ALL, KINDS, PARTS, Data, collect_files, find_set, list_parts
+from retina_seg.sets.layout import mask_remark, photo_ids, read_index
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not

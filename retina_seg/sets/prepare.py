@@ -20,7 +20,7 @@ from tqdm import tqdm
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.layout import KINDS
+from retina_seg.sets.files import KINDS
 from retina_seg.utils import UserError, create_dir, natural_key, write_csv
 
 SIZE = 512  # the side the original resizes everything to
@@ -136,8 +136,7 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
         raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); {hint}")
     (images,) = found.values()
     labelled = [image for image in images if "mask" in image.files]
-    # DRIVE's site has given no test masks since its challenge: a part as published may lack them, but lack them all
-    folders = {image.groups.get("folder") for image in labelled}
+    folders = {image.groups.get("folder") for image in labelled}  # DRIVE's site gives no test masks
     listed = []
     for image in images:
         if raw.complete and image not in labelled and image.groups.get("folder") in folders:
@@ -312,9 +311,10 @@ def prepare_set(
     if left := [image for image in images if image not in labelled]:
         print(f"{raw.name}: {len(left)} images without a mask are left out")
         if raw.complete:
-            print(f"no {left[0].part} part is written: {left[0].files['image'].parent} has no masks beside it")
-            if left[0].part == "test":
-                print("score held-out training images instead: retina-seg train --validation photos")
+            print(
+                f"no {left[0].part} part is written, {left[0].files['image'].parent} has no masks beside it; to score "
+                "held-out training images instead: retina-seg train --validation photos"
+            )
     if len(labelled) < raw.total:
         print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
     if split != "usual":

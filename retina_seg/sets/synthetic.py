@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from retina_seg.images import list_images, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.layout import Data, find_set
+from retina_seg.sets.files import Data, find_set
 from retina_seg.utils import UserError, create_dir, user_path, write_csv
 
 SYNTHETIC_SET = Path("results/synthetic-data")
