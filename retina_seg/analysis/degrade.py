@@ -21,6 +21,7 @@ from retina_seg.fov import fov_diameter
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
+from retina_seg.sets.layout import check_untrained
 from retina_seg.test import held_out_pairs
 from retina_seg.utils import create_dir, format_number, write_csv
 
@@ -108,6 +109,8 @@ def degrade(
     """
     segmenter = Segmenter.load(weights, **{"precision": "float32", **options})
     pairs = held_out_pairs(weights, data) if part == "validation" else list_pairs(data, part)
+    if part == "test":
+        check_untrained(weights, pairs)
     output, rows = create_dir(output), degraded_scores(segmenter, pairs, progress)
     write_csv(output / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"

@@ -161,6 +161,10 @@ def _collect_folders(root: Path, part: str, found: PartFiles) -> dict[str, str]:
                 names = ", ".join(path.name for path in folders)
                 raise UserError(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
             if not folders and needed:
+                if folder.is_dir():
+                    raise UserError(
+                        f"{folder}: is the field of view beside 1st_manual; add the {kind}s as such a folder"
+                    )
                 raise UserError(f"{folder}: no such folder; {remedy}")
             if folders:
                 found.folders[kind] = folder

@@ -74,7 +74,7 @@ def list_pairs(
 
 
 def _name(root: Root) -> str:
-    return "" if isinstance(root, dict) else root.stem if root.is_file() else root.name
+    return "images" if isinstance(root, dict) else root.stem if root.is_file() else root.name
 
 
 def _pairs(root: Root, part: str) -> list[Pair]:
