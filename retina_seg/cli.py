@@ -156,13 +156,9 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 PATTERNS = (
-    argument(
-        "--images", 'instead of DATA: a pattern in quotes, as "training/images/*.tif"', nargs="+", metavar="PATTERN"
-    ),
-    argument("--masks", 'the same for their masks, as "training/1st_manual/*.gif"', nargs="+", metavar="PATTERN"),
-    argument(
-        "--pairs", "instead of DATA: a CSV file, columns image, mask[, part, fov, mask_2nd, photo, subject, name]"
-    ),
+    argument("--images", 'instead: a pattern in quotes, as "training/images/*.tif"', nargs="+", metavar="PATTERN"),
+    argument("--masks", 'and their masks, as "training/1st_manual/*.gif"', nargs="+", metavar="PATTERN"),
+    argument("--pairs", "instead: a CSV file; columns image, mask[, part, fov, mask_2nd, photo, subject, name]"),
 )
 FOLDER = "the dataset's folder, one above it, or a CSV file of pairs"
 DATA = (argument("--data", f"{FOLDER} (default: Data1)"), *PATTERNS)

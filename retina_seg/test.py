@@ -113,8 +113,7 @@ def test(
     path, how, folder = find_weights(checkpoint), get_protocol(protocol), Path(output)
     segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
     pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
-    if part == "test":
-        check_untrained(path.parent, pairs)
+    check_untrained(path.parent, pairs if part == "test" else [])
     what = {"name": protocol, "data": str(data), "part": part}
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size")}
     there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what

@@ -287,7 +287,7 @@ def test_a_part_without_any_mask_is_left_out(tmp_path, capsys):
     assert names(run("drive", source, tmp_path / "set", size=32), "train") == ["21_training", "22_training"]
     assert [path.name for path in (tmp_path / "set").iterdir() if path.is_dir()] == ["train"]
     said = capsys.readouterr().out
-    assert "2 images without a mask are left out" in said and "no test part" in said and "--validation photos" in said
+    assert "2 images without a mask are left out" in said and "no test part: " in said and "--validation photos" in said
     assert [len(part) for pair in load_data(source) for part in pair] == [2, 2, 0, 0]
 
 

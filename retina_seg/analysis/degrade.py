@@ -109,8 +109,7 @@ def degrade(
     """
     segmenter = Segmenter.load(weights, **{"precision": "float32", **options})
     pairs = held_out_pairs(weights, data) if part == "validation" else list_pairs(data, part)
-    if part == "test":
-        check_untrained(weights, pairs)
+    check_untrained(weights, pairs if part == "test" else [])
     output, rows = create_dir(output), degraded_scores(segmenter, pairs, progress)
     write_csv(output / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"

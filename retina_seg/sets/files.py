@@ -77,9 +77,7 @@ def find_set(data: Data) -> Root:
                 return found[0]
     for folder in (folder for level in _levels(data) for folder in level if (folder / "Image_01L.jpg").is_file()):
         patterns = f'--images "{folder}/Image_*.jpg" --masks "{folder}/Image_*_1stHO.png"'
-        raise UserError(
-            f"{data}: is CHASE_DB1 as published; retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}"
-        )
+        raise UserError(f"{data}: is CHASE_DB1: retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}")
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
 
 
@@ -137,35 +135,35 @@ def collect_files(root: Root, part: str) -> PartFiles:
     if isinstance(root, Path) and root.is_file():
         _collect_rows(root, part, found)
         return found
-    where = _collect_patterns(root, found) if isinstance(root, dict) else _collect_folders(root, part, found)
+    if isinstance(root, dict):
+        _collect_patterns(root, found)
+    else:
+        _collect_folders(root, part, found)
     for kind in KINDS[1:]:
         images = {mask: image for image, mask in match_names([*found.files["image"]], [*found.files[kind]]).items()}
         found.files[kind] = {images.get(name, name): path for name, path in found.files[kind].items()}
     for kind, other in (("image", "mask"), ("mask", "image")):
-        if partners := found.files[other]:
-            alone = [path for name, path in found.files[kind].items() if name not in partners]
-            place = where[other] if isinstance(root, dict) else f"{where[other]}/{{}}.*"
-            found.problems += [f"{p}: has no partner {place.format(p.stem)}; add it or remove this" for p in alone]
+        for name, path in found.files[kind].items() if found.files[other] else ():
+            if name not in found.files[other]:
+                place = f"{found.folders[other] / path.stem}.*" if other in found.folders else f"by --{other}s"
+                found.problems.append(f"{path}: has no partner {place}; add it or remove this")
     return found
 
 
-def _collect_folders(root: Path, part: str, found: PartFiles) -> dict[str, str]:
+def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
     parts = part_folders(root)
     top, kinds = parts.get(part) or parts.get(ALL) or (root / part, {})
     for kind in KINDS:
         folders = kinds.get(kind) or []
         folder, needed = folders[0] if folders else top / kind, kind in ("image", "mask")
-        remedy = f"put the {kind}s there, or use --images and --masks"
+        remedy = f"add the {kind}s, or use --images and --masks"
         try:
             if len(folders) > 1:
                 names = ", ".join(path.name for path in folders)
                 raise UserError(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
             if not folders and needed:
-                if folder.is_dir():
-                    raise UserError(
-                        f"{folder}: is the field of view beside 1st_manual; add the {kind}s as such a folder"
-                    )
-                raise UserError(f"{folder}: no such folder; {remedy}")
+                state = "no such folder" if not folder.is_dir() else "is the field of view beside 1st_manual, no mask"
+                raise UserError(f"{folder}: {state}; {remedy}")
             if folders:
                 found.folders[kind] = folder
                 found.add(kind, list_images(folder))
@@ -173,10 +171,9 @@ def _collect_folders(root: Path, part: str, found: PartFiles) -> dict[str, str]:
                     raise UserError(f"{folder}: holds no images; {remedy}")
         except UserError as error:
             found.problems.append(str(error))
-    return {kind: str((kinds.get(kind) or [top / kind])[0]) for kind in KINDS}
 
 
-def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> dict[str, str]:
+def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
     matches: dict[str, list[Path]] = {}
     for kind in ("image", "mask"):
         paths = [Path(path) for path in glob.glob(str(user_path(patterns[f"{kind}s"])), recursive=True)]
@@ -192,7 +189,6 @@ def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> dict[str, s
         found.problems.append(f"{min(both)}: is both an image and a mask by --images and --masks; correct them")
     for kind, paths in matches.items():
         found.add(kind, paths)
-    return {kind: f'in --{kind}s "{patterns[f"{kind}s"]}"'.replace("{", "{{").replace("}", "}}") for kind in matches}
 
 
 def pair_rows(table: Path) -> list[dict[str, str]]:

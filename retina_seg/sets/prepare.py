@@ -312,8 +312,7 @@ def prepare_set(
         print(f"{raw.name}: {len(left)} images without a mask are left out")
         if raw.complete:
             print(
-                f"no {left[0].part} part is written, {left[0].files['image'].parent} has no masks beside it; to score "
-                "held-out training images instead: retina-seg train --validation photos"
+                f"no {left[0].part} part: {left[0].files['image'].parent} has no masks; train with --validation photos"
             )
     if len(labelled) < raw.total:
         print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
