@@ -311,9 +311,7 @@ def prepare_set(
     if left := [image for image in images if image not in labelled]:
         print(f"{raw.name}: {len(left)} images without a mask are left out")
         if raw.complete:
-            print(
-                f"no {left[0].part} part: {left[0].files['image'].parent} has no masks; train with --validation photos"
-            )
+            print(f"no {left[0].part} part: its images have no masks; to score, train with --validation photos")
     if len(labelled) < raw.total:
         print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
     if split != "usual":
