@@ -170,7 +170,7 @@ def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
         rows = read_index(report.root)
     except UserError:
         return  # reported when the parts were read
-    if rows is None:
+    if rows is None or isinstance(report.root, dict) or ALL in report.parts:
         return
     unnamed = (files - set(rows), "are not named, so each counts as a photo of its own")
     for keys, what in (unnamed, (set(rows) - files, "are named but not there")):

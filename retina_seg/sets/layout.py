@@ -62,7 +62,7 @@ def list_pairs(
     given = [one for one in (data, csv, patterns) if one is not None]
     if len(given) != 1:
         raise UserError("list_pairs: give one of data, csv, and images with masks")
-    roots = [find_set(one) for one in (given if isinstance(given[0], (str, Path, dict)) else given[0])]
+    roots = [find_set(one) for one in (given[0] if isinstance(given[0], (list, tuple)) else given)]
     if len({_name(root) for root in roots}) < max(1, len(roots)):
         raise UserError(f"--data: several datasets need different folder names, got {', '.join(map(str, roots))}")
     pairs = []

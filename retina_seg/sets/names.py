@@ -48,4 +48,4 @@ def _cuts(names: dict[str, tuple[str, ...]]) -> list[tuple[int, int]]:
     for words in (names.values(), [words[::-1] for words in names.values()]):
         shared = [len({*column}) == 1 and not _KEPT.fullmatch(column[0]) for column in zip(*words, strict=False)]
         ends.append(range([*shared[:_MOST], False].index(False) + 1))
-    return list(product(*ends))
+    return list(product(ends[0], ends[1]))

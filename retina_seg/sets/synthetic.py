@@ -110,9 +110,9 @@ def data_or_synthetic(
     Raises `UserError`: `data` holds images, but not in the layout; `fallback` holds something else or cannot be written.
     """
     fallback = Path(fallback)
-    if isinstance(data, dict) or (data := user_path(data)).is_file():
+    if isinstance(data, dict) or (top := user_path(data)).is_file():
         return find_set(data), False
-    if any(list_images(folder) for folder in [data, *data.rglob("*/")] if folder.is_dir()):
+    if any(list_images(folder) for folder in [top, *top.rglob("*/")] if folder.is_dir()):
         return find_set(data), False
     if not (fallback / "photos.csv").is_file():
         write_set(fallback, progress=progress, **size)
