@@ -19,7 +19,7 @@ from typing import Any
 
 from retina_seg import __version__
 from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
-from retina_seg.sets.layout import PARTS
+from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError
 
@@ -79,7 +79,8 @@ def _say(*lines: str, file: Any = None) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    _say(f"retina-seg: error: {message}", file=sys.stderr)
+    # the message's own further lines; any other line break is a name's and is escaped
+    _say(*f"retina-seg: error: {message}".replace("\n    ", "\0    ").split("\0"), file=sys.stderr)
     return status
 
 
@@ -162,7 +163,30 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
-DATA = argument("--data", "the dataset's folder, or one above it", "Data1")
+PATTERNS = (
+    argument("--images", 'instead: a pattern in quotes, as "training/images/*.tif"', nargs="+", metavar="PATTERN"),
+    argument("--masks", 'and their masks, as "training/1st_manual/*.gif"', nargs="+", metavar="PATTERN"),
+    argument("--pairs", "instead: a CSV file; columns image, mask[, part, fov, mask_2nd, photo, subject, name]"),
+)
+FOLDER = "the dataset's folder, one above it, or a CSV file of pairs"
+DATA = (argument("--data", f"{FOLDER} (default: Data1)"), *PATTERNS)
+
+
+def _data(options: argparse.Namespace, default: Any = "Data1") -> Any:
+    """The dataset by --data, --pairs, or --images and --masks."""
+    given = _given(options, "data", "pairs", "images", "masks")
+    if ("images" in given) != ("masks" in given):
+        raise UserError("--images and --masks: give both, or --data")
+    if len(given) - ("images" in given) > 1:
+        raise UserError(f"--{' and --'.join(given)}: give one dataset")
+    if "images" not in given:
+        return next(iter(given.values()), default)
+    for name, patterns in given.items():
+        if len(patterns) > 1:  # the shell has put in the files
+            raise UserError(f'--{name} {patterns[0]} …: put the pattern in quotes, as --{name} "folder/*.png"')
+    return {name: patterns[0] for name, patterns in given.items()}
+
+
 WEIGHTS = argument(
     "--weights", "pretrained weights (general, drive, tiny), a checkpoint file, or a run's folder", "general"
 )
@@ -230,23 +254,26 @@ def _predict(options: argparse.Namespace) -> int:
     argument(
         "--preset", "where the options below start from (default: fast; quick on synthetic images)", choices=PRESETS
     ),
-    DATA,
+    *DATA,
     argument("--output", "the run's folder, or the next free name", "results/run"),
 )
 def _run(options: argparse.Namespace) -> None:
     from retina_seg.checkpoint import free_folder
     from retina_seg.data import list_pairs
+    from retina_seg.sets.layout import check_apart
     from retina_seg.sets.synthetic import data_or_synthetic
     from retina_seg.test import original_lines, table, test
     from retina_seg.train import fit
 
-    folder, synthetic = data_or_synthetic(options.data)
+    folder, synthetic = data_or_synthetic(data := _data(options))
     if synthetic:
-        _say(f"{options.data} holds no images yet: using synthetic ones in {folder} (Data1/README.md: real ones)")
-    counts = [len(list_pairs(folder, part)) for part in ("train", "test")]
-    _say(f"{folder}: {counts[0]} training and {counts[1]} test images")
+        _say(f"{data} holds no images yet: using synthetic ones in {folder} (real ones: --data, or retina-seg prepare)")
+    training, tested = (list_pairs(folder, part) for part in PARTS)
+    check_apart(training, tested)
+    _say(f"{folder}: {len(training)} training and {len(tested)} test images")
     preset = options.preset or ("quick" if synthetic else "fast")
-    changes = {**_given(options), "data": str(folder), "output": str(free_folder(options.output))}
+    chosen = folder if isinstance(folder, dict) else str(folder)
+    changes = {**_given(options), "data": chosen, "output": str(free_folder(options.output))}
     run = fit(TrainConfig.from_preset(preset, **changes))
     value = test(run.folder, folder, run.folder)
     print(table(value))
@@ -260,6 +287,7 @@ def _run(options: argparse.Namespace) -> None:
     argument("--config", "start from the config.json of a run instead", metavar="JSON"),
     argument("--resume", "go on with the run in this folder after its last whole epoch, to --epochs", metavar="RUN"),
     argument("--data", "the dataset's folder; several are trained on together (default: Data1)", nargs="+"),
+    *PATTERNS,
     argument("--output", "the run's folder (default: results/<preset>)"),
 )
 def _train(options: argparse.Namespace) -> None:
@@ -268,9 +296,9 @@ def _train(options: argparse.Namespace) -> None:
 
     if len(source := _given(options, "preset", "config", "resume")) > 1:
         raise UserError(f"--{' and --'.join(source)}: give one of them")
-    changes = {**_given(options), **_given(options, "data", "output")}
-    if len(changes.get("data", [])) == 1:
-        changes["data"] = changes["data"][0]
+    changes = {**_given(options), **_given(options, "output")}
+    if data := _data(options, default=None):
+        changes["data"] = data[0] if isinstance(data, list) and len(data) == 1 else data
     if options.resume:
         config = TrainConfig.from_json(Path(options.resume) / "config.json")
         # how it is computed may change with the machine, what is computed may not
@@ -294,7 +322,7 @@ def _train(options: argparse.Namespace) -> None:
     "test --run results/notebook --data Data1",
     argument("--run", "the folder of a training"),
     argument("--checkpoint", "a checkpoint file, the original's too, or the name of pretrained weights"),
-    DATA,
+    *DATA,
     argument("--output", "folder for scores and images (default: the run's; in it native/, validation/)"),
     argument("--protocol", PROTOCOL, "notebook", choices=("notebook", "native")),
     argument("--part", "the test images, or those that the run held out", "test", choices=("test", "validation")),
@@ -313,7 +341,7 @@ def _test(options: argparse.Namespace) -> None:
     names = (options.run, options.protocol, options.part, options.tta, options.working_size, options.style)
     output, choices = options.output or default_output(*names), _given(options, *NETWORK_NAMES)
     source = options.run or options.checkpoint
-    value = test(source, options.data, output, options.protocol, options.threshold, options.part, **choices)
+    value = test(source, _data(options), output, options.protocol, options.threshold, options.part, **choices)
     print(table(value))
     written = f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/"
     _say(*original_lines(value), written)
@@ -335,7 +363,7 @@ def _compare(options: argparse.Namespace) -> None:
     "choose a threshold on the images that trainings with --validation photos held out, as those of --fold 0, 1, …",
     "threshold results/fold-0 results/fold-1 --data Data1",
     RUNS,
-    DATA,
+    *DATA,
     argument("--output", "folder for table and plot", "results/threshold"),
     argument("--protocol", PROTOCOL, "native", choices=("notebook", "native")),
     *NETWORK,
@@ -345,7 +373,7 @@ def _threshold(options: argparse.Namespace) -> None:
     from retina_seg.analysis.threshold import threshold
 
     choices = _given(options, *NETWORK_NAMES)
-    _say(*threshold(options.runs, options.data, options.output, options.protocol, **choices))
+    _say(*threshold(options.runs, _data(options), options.output, options.protocol, **choices))
     _say(f"written to {options.output}: thresholds.csv, thresholds.png")
 
 
@@ -353,7 +381,7 @@ def _threshold(options: argparse.Namespace) -> None:
     "measure robustness: F1 on images that are dimmed, hazy, blurred, of another size, …",
     "degrade --weights general --data Data1",
     WEIGHTS,
-    DATA,
+    *DATA,
     argument("--output", "folder for table and plot", "results/degraded"),
     argument("--part", "validation: images that the run --weights held out", "test", choices=(*PARTS, "validation")),
     argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float),
@@ -364,7 +392,7 @@ def _degrade(options: argparse.Namespace) -> None:
     from retina_seg.analysis.degrade import degrade
 
     choices = _given(options, "threshold", *NETWORK_NAMES)
-    _say(*degrade(options.weights, options.data, options.output, options.part, **choices))
+    _say(*degrade(options.weights, _data(options), options.output, options.part, **choices))
     _say(f"written to {options.output}: degrade.csv, degrade.png")
 
 
@@ -387,12 +415,13 @@ def _prepare(options: argparse.Namespace) -> None:
 @command(
     "report what a dataset holds and what is wrong with it",
     "check Data1",
-    argument("data", "the dataset's folder", metavar="DATA"),
+    argument("data", f"{FOLDER} (default: Data1)", nargs="?", metavar="DATA"),
+    *PATTERNS,
 )
 def _check(options: argparse.Namespace) -> int:
     from retina_seg.sets.check import check_set
 
-    report = check_set(options.data)
+    report = check_set(_data(options))
     _say(*report.lines())
     return 1 if report.problems else 0
 

@@ -41,7 +41,7 @@ class TrainConfig:
     """
 
     preset: str = "custom"
-    data: str | list[str] = "Data1"
+    data: str | dict[str, str] | list[str | dict[str, str]] = "Data1"
     output: str = "results/run"
     model: str = _option(DATA, "attention_unet", "architecture, a name in model.MODELS")
     model_arguments: dict[str, Any] = _option(DATA, dict, "its arguments, as JSON")
@@ -135,7 +135,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `UserError` for the first value that cannot be; the message names the option and what it may be."""
-        paths = [self.output, *(self.data if isinstance(self.data, list) else [self.data])]
+        data = self.data if isinstance(self.data, list) else [self.data]
+        paths = [self.output, *(p for one in data for p in (one.values() if isinstance(one, dict) else [one]))]
         if not self.data or not all(isinstance(value, str) for value in paths):
             raise UserError(f"data {self.data!r}, output {self.output!r}: must be paths")
         for item in dataclasses.fields(self):

@@ -21,7 +21,7 @@ from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
 from retina_seg.model import count_parameters
-from retina_seg.sets.layout import check_masks
+from retina_seg.sets.layout import check_masks, check_untrained
 from retina_seg.utils import (
     UserError,
     create_dir,
@@ -121,6 +121,7 @@ def test(
     path, how, folder = find_weights(checkpoint), get_protocol(protocol), user_path(output)
     segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
     pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
+    check_untrained(path.parent, pairs if part == "test" else [])
     own = path.name == "checkpoint.pth" and folder.resolve().is_relative_to(path.parent.resolve())
     what = {"name": protocol, "data": str(data), "part": part, "weights": "of this run" if own else weights_id(path)}
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size"), "given_threshold": threshold}

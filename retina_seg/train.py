@@ -34,7 +34,7 @@ from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.sets.layout import Pair, check_masks, list_pairs
+from retina_seg.sets.layout import Pair, check_apart, check_masks, list_pairs
 from retina_seg.styles import GROUPS, measure_styles, of_style
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
 from retina_seg.utils import Rows, UserError, epoch_time, natural_sort, output_folder, seeding, write_csv, write_json
@@ -148,7 +148,9 @@ def split_set(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     pairs = list_pairs(config.data, "train")
     if config.validation == "photos":
         return data.split_by_photo(pairs, config.held_out, config.split_seed, config.fold)
-    return pairs, list_pairs(config.data, "test") if config.validation == "test" else []
+    tested = list_pairs(config.data, "test") if config.validation == "test" else []
+    check_apart(pairs, tested)
+    return pairs, tested
 
 
 def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:

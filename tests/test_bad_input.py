@@ -243,7 +243,7 @@ for kind, commands, make, line in (
     ("a link in a circle", ("train", RESUME), LOOP, "odd"),
     ("folders in a circle", ("train", "predict", "prepare"), circle, "odd"),
     ("two datasets", ("check",), lambda d: (d.set("odd/a"), d.set("odd/b")) and d.odd, "odd: holds several"),
-    ("as published", ("train",), lambda d: made(d.odd / "training/images").parents[1], "odd: is a dataset as"),
+    ("as published", ("train",), lambda d: made(d.odd / "training/images").parents[1], "training/images: holds no"),
     ("locked", LOCKED, lambda d: d.odd.mkdir(0o400) or d.odd, "odd"),
     ("code", (WEIGHTS, CHECKPOINT), lambda d: written(d.pth, {"state_dict": Bomb(str(d.odd))}), UNSAFE),
     ("a pickle of code", (EXPORT,), lambda d: written(d.pth, pickle.dumps({"format": Bomb(str(d.odd))})), UNSAFE),
@@ -392,6 +392,7 @@ BAR = re.compile(r"[\w ]+:\s+(\d+%\|.*\||\d+).*\[[^\[]*\]|\s*")
 
 def refusal(status, out, err, said):
     """Checks that a refusal is one line, and what it says."""
+    err = err.replace("\n    ", " ")  # a message's own further lines: how a dataset looks
     lines = [line for line in re.split(r"[\r\n]", err) if not BAR.fullmatch(line)]
     lines = lines[-1:] if lines and lines[0].startswith("usage:") else lines  # the parser says how it is called
     if status == 1 and not lines:  # a report: what it found is among other lines

@@ -33,7 +33,7 @@ def test_the_notebook_preset_is_the_originals_training():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_config_that_survives_its_file(name, tmp_path):
-    config = TrainConfig.from_preset(name, data=["a", "b"], output="out", seed=5)
+    config = TrainConfig.from_preset(name, data=["a", {"images": "b/*.png", "masks": "c/*.png"}], output="out", seed=5)
     config.check()
     assert (config.preset, config.seed) == (name, 5)
     assert PRESETS[name].values.keys() <= {item.name for item in fields(TrainConfig)}
@@ -66,6 +66,7 @@ REFUSED = [
     ({"model_arguments": {"styles": 2}}, "--model-arguments styles: is set by --styles datasets"),
     ({"styles": "datasets"}, "--styles datasets: needs --frame fov"),
     ({"data": []}, "data \\[\\]"),
+    ({"data": {"images": "a", "masks": None}}, "must be paths"),
     ({"output": None}, "output None"),
 ]
 

@@ -1,6 +1,8 @@
 """Datasets on disk, pairs, which files show one photo, splits without leaks, and the torch datasets."""
 
 import csv
+import re
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -13,6 +15,7 @@ from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import write_image
 from retina_seg.sets.layout import (
     Pair,
+    check_apart,
     check_masks,
     collect_files,
     find_set,
@@ -22,6 +25,8 @@ from retina_seg.sets.layout import (
     load_with_fov,
     mask_remark,
 )
+from retina_seg.sets.names import match_names
+from retina_seg.sets.synthetic import data_or_synthetic
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError
 
@@ -82,13 +87,14 @@ def test_what_is_no_dataset_is_told_apart(tmp_path):
     write(tmp_path / "deep/b/c/d/e", "train", "image", ["0.png"])
     for name in ("one", "two"):
         write(tmp_path / "both" / name, "train", "image", ["0.png"])
-    (tmp_path / "drive/training/images").mkdir(parents=True)
-    (tmp_path / "chase").mkdir()
+    for folder in ("chase", "twice/train/images", "twice/Training/images"):
+        (tmp_path / folder).mkdir(parents=True)
     for file in ("file", "chase/Image_01L.jpg"):
         (tmp_path / file).write_bytes(b"")
-    layout, published = "no train/image or test/image", "as published.*retina-seg prepare"
-    said = {"deep": layout, "both": "several datasets.*one.*two", "drive": published, "chase": published}
-    for name, line in {**said, "missing": "missing: no such folder", "file": "file: no such folder"}.items():
+    said = {"deep": "no train/image or test/image(.|\n)*DATA/train/mask/1.png(.|\n)*--masks", "file": "is an empty file",
+            "both": "several datasets.*one.*two", "twice": "Training, .*train: two folders for one part",
+            "chase": r'prepare chase_db1 .* --masks ".*/Image_\*_1stHO.png"', "missing": "missing: no such folder"}  # fmt: skip
+    for name, line in said.items():
         with pytest.raises(UserError, match=line):
             find_set(tmp_path / name)
     assert find_set(tmp_path / "both/two") == tmp_path / "both/two"
@@ -134,6 +140,81 @@ def test_empty_missing_and_doubled_files_are_errors(data1, kind):
     (data1 / "test" / kind).rmdir()
     with pytest.raises(UserError, match=f"{kind}: no such folder"):
         list_pairs(data1, "test")
+
+
+LAYOUTS = [  # images, masks, fields of view
+    "{long}/images/{n}_{long}.tif {long}/1st_manual/{n}_manual1.gif {long}/mask/{n}_{long}_mask.gif",
+    "{part}/Original/{n}_A.png {part}/Ground-truth/{n}_A.png", "{Part}/Image/{n}.png {Part}/Mask/{n}.png",
+    "{long}/img/img{n}.png {long}/vessels/mask{n}.png", "images/{n}_dr.jpg manual1/{n}_dr.tif mask/{n}_dr_mask.tif",
+    "images/{n}.png vessel-segmentations/{n}.png masks/{n}.gif", "images/Im_{n}L.png masks/Im_{n}L_1stHO.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_as_published_are_read_as_they_are(tmp_path, layout):
+    expected = {"train": [], "test": []}
+    for part, n in (("train", 1), ("test", 2), ("train", 11)):
+        words = {"part": part, "Part": part.title(), "long": part.replace("train", "training"), "n": n}
+        paths = [tmp_path / path for path in layout.format(**words).split()]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_image(path, noise(6, 8))
+        for key in [part] if "part}" in layout.lower() or "long" in layout else expected:
+            expected[key].append(paths)
+    for part, files in expected.items():
+        assert [[pair.image, pair.mask, *filter(None, [pair.fov])] for pair in list_pairs(tmp_path, part)] == files
+    (paths[1].parent.parent / "labels").mkdir()
+    with pytest.raises(UserError, match="its masks may be in .*labels"):
+        list_pairs(tmp_path, "train")
+    if "1st_manual" in layout:
+        shutil.rmtree(tmp_path / "test/1st_manual")  # as DRIVE's site gives it: its fields of view are no vessel masks
+        with pytest.raises(UserError, match="test/mask: is the field of view"):
+            list_pairs(tmp_path, "test")
+
+
+NAMES = {  # images and masks: how many pairs
+    ("1 11", "1_mask 11_mask"): 2, ("1", "11_mask"): 0, ("10 20", "1 2"): 0, ("1 2", "1 2_mask"): 1,
+    ("01L 01R", "01L_gt 01R_gt"): 2, ("01L 02L", "01R_gt 02R_gt"): 0, ("im1 im2", "im2_gt"): 1, ("image", "mask"): 0,
+    ("21_training", "21_manual1"): 1, ("a_img_1", "a_seg_1"): 1, ("set_1 set_2", "lot_1 lot_2"): 0, ("a+ a-", "a_gt"): 0,
+    ("p1_left p1_right", "p2_left_gt p2_right_gt"): 0, ("Image_01L", "Image_01L_1stHO Image_01L_2ndHO"): 0,
+}  # fmt: skip
+
+
+def test_names_match_but_for_words_that_all_share():
+    for (images, masks), count in NAMES.items():
+        found = match_names(images.split(), masks.split())
+        assert len(found) == count, (images, found)
+        for image, mask in found.items():
+            assert re.findall("[0-9]+[LR]?", image)[0] == re.findall("[0-9]+[LR]?", mask)[0]
+
+
+def test_patterns_and_lists_of_pairs_are_datasets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "flat", "image", ["1.png", "1_gt.png", "01.png", "01_gt.png"])
+    flat = list_pairs(images="flat/image/*.png", masks="flat/image/*_gt.png")
+    assert [(pair.name, pair.mask.name) for pair in flat] == [("01", "01_gt.png"), ("1", "1_gt.png")]
+    with pytest.raises(UserError, match="1.png: has no partner by --masks"):
+        list_pairs({"images": "flat/image/*.png", "masks": "flat/image/0*_gt.png"}, "train")
+    rows = [("image", "mask", "part", "photo"), ("image/1.png", r"image\1_gt.png", "Training", "p"), ("",) * 4,
+            ("image/01.png", "image/01_gt.png", "test", "q")]  # fmt: skip
+    table = tmp_path / "flat/pairs.csv"
+    table.write_text("\ufeff" + "\r\n".join(map(";".join, rows)))  # as a spreadsheet saves it
+    (pair,) = list_pairs(table, "train")
+    assert (pair.name, pair.mask, pair.photo, pair.fov) == ("1", tmp_path / "flat/image/1_gt.png", "p", None)
+    assert [pair.photo for pair in list_pairs(csv=table)] == ["p", "q"] and data_or_synthetic(table) == (table, False)
+    for text, said in {
+        "image/1.png,image/9.png": "9.png: no such file",
+        "image/1.png,": "1.png has no partner",
+        "image/1.png,image/1.png": "is the image of 1 and the mask of 1",
+        "image/1.png,image/1_gt.png\nimage/01.png,image/1_gt.png": "is the mask of 1 and the mask of 01",
+        "image/1.png,image/1_gt.png\n./image/../image/1.png,image/01_gt.png": "two images are called 1",
+        "": "holds no pairs",
+    }.items():
+        table.write_text("image,mask\n" + text)
+        with pytest.raises(UserError, match=said):
+            list_pairs(csv=table)
+    with pytest.raises(UserError, match="2 of 2 test images are training images"):
+        check_apart(flat, flat)
 
 
 def test_several_datasets_are_one_list_whose_names_carry_their_folder(data1, tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,7 @@ OTHERS = {
     ),
     "hrf": (("01_dr", "01_g", "05_h"), ("06_dr", "15_g"), ("images/{}.JPG", "manual1/{}.tif", "mask/{}_mask.tif", "")),
     "les-av": (("2", "10"), ("33", "120"), ("images/{}.png", "vessel-segmentations/{}.png", "masks/{}.png", "")),
+    "fives": (("1_A", "2_N"), ("3_D", "10_G"), ("{part}/Original/{}.png", "{part}/Ground truth/{}.png", "", "")),
 }
 
 
@@ -90,7 +92,8 @@ def make(name: str, root: Path, packed: bool = True, folders: bool = True) -> Pa
         for path, pixels in zip(paths, (image(number), mask(number), field(), mask(number + 1)), strict=True):
             if path:
                 path = path if packed else path.removesuffix(".gz")
-                save(root / (path if folders else Path(path).name).format(stem), pixels)
+                part = "train" if stem in train else "test"
+                save(root / (path if folders else Path(path).name).format(stem, part=part), pixels)
     return root
 
 
@@ -106,7 +109,7 @@ def resized(pixels: np.ndarray, side: int = 512) -> np.ndarray:
     return cv2.resize(np.ascontiguousarray(pixels), (side, side))
 
 
-@pytest.mark.parametrize("name", ["drive", "CHASE-DB1", "stare", "HRF", "LES_AV"])
+@pytest.mark.parametrize("name", ["drive", "CHASE-DB1", "stare", "HRF", "LES_AV", "fives"])
 def test_native_keeps_names_sizes_and_pixels_and_splits_as_usual(name, tmp_path, capsys):
     key = next(key for key in SETS if key.replace("_", "-") == name.lower().replace("_", "-"))
     root = run(name, make(key, tmp_path / "raw"), tmp_path / "set", size="native")
@@ -276,6 +279,16 @@ def test_refuses_an_image_without_its_mask(name, lost, tmp_path):
     (source / lost).rename(tmp_path / "elsewhere")
     expected = "im0001.ah.ppm of the archive labels-ah" if name == "stare" else rf"its mask .*{Path(lost).stem}\.\* is "
     refused(tmp_path, expected, name, source)
+
+
+def test_a_part_without_any_mask_is_left_out(tmp_path, capsys):
+    source = make_drive(tmp_path / "raw")
+    shutil.rmtree(source / "test/1st_manual")  # as DRIVE's site gives it
+    assert names(run("drive", source, tmp_path / "set", size=32), "train") == ["21_training", "22_training"]
+    assert [path.name for path in (tmp_path / "set").iterdir() if path.is_dir()] == ["train"]
+    said = capsys.readouterr().out
+    assert "2 images without a mask are left out" in said and "no test part: " in said and "--validation photos" in said
+    assert [len(part) for pair in load_data(source) for part in pair] == [2, 2, 0, 0]
 
 
 def test_refuses_two_sizes_and_damaged_files_and_leaves_nothing(tmp_path):

@@ -159,7 +159,7 @@ def test_synthetic_images_only_where_there_are_no_others(tmp_path, capsys):
         assert bar in shown and bool(bar) == bool(shown)
         (data / "below").mkdir(parents=True, exist_ok=True)
     (data / "note.txt").touch()
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="is an empty file"):
         data_or_synthetic(data / "note.txt", fallback)
     with pytest.raises(UserError, match="is not empty .below"):
         data_or_synthetic(data, data)

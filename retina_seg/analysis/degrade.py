@@ -22,7 +22,7 @@ from retina_seg.fov import fov_diameter
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
-from retina_seg.sets.layout import check_masks
+from retina_seg.sets.layout import check_masks, check_untrained
 from retina_seg.test import held_out_pairs
 from retina_seg.utils import format_number, output_folder, write_csv
 
@@ -110,6 +110,7 @@ def degrade(
     """
     segmenter = Segmenter.load(weights, **{"precision": "float32", **options})
     pairs = held_out_pairs(weights, data) if part == "validation" else list_pairs(data, part)
+    check_untrained(weights, pairs if part == "test" else [])
     notes = [*check_masks(pairs), *remarks(weights)]
     with output_folder(output) as folder:
         rows = degraded_scores(segmenter, pairs, progress)

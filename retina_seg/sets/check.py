@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from retina_seg.images import IMAGE_SUFFIXES, read_grey, read_image
-from retina_seg.sets.layout import KINDS, PARTS, collect_files, find_set, mask_remark, photo_ids, read_index
+from retina_seg.sets.files import ALL, KINDS, PARTS, Data, collect_files, find_set, list_parts
+from retina_seg.sets.layout import mask_remark, photo_ids, read_index
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
@@ -41,7 +42,7 @@ class PartReport:
 class SetReport:
     """What `check_set` found, a line an item: problems make a score or a training wrong, warnings are worth knowing."""
 
-    root: Path  # the folder in the Data1 layout
+    root: Path | dict[str, str]  # as `find_set` gives it
     parts: dict[str, PartReport] = field(default_factory=dict)  # those that are there, "train" and "test"
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -66,15 +67,14 @@ class SetReport:
         return lines
 
 
-def check_set(data: str | Path, progress: bool = True) -> SetReport:
+def check_set(data: Data, progress: bool = True) -> SetReport:
     """Read every file of the dataset at `data` (as `find_set`). Raises `UserError`: there is no such dataset."""
     report = SetReport(find_set(data))
     prints: list[tuple[str, Path, str, np.ndarray]] = []  # of each readable image: part, file, photo, fingerprint
     names: set[tuple[str, str]] = set()
-    for part in PARTS:
-        if not (report.root / part).is_dir():
-            report.warnings.append(f"{report.root / part}: no such folder; the dataset has no {part} part")
-            continue
+    parts = list_parts(report.root)
+    report.warnings += [f"{report.root}: the dataset has no {p} part" for p in PARTS if not {p, ALL} & set(parts)]
+    for part in parts:
         files = _check_names(report, part)
         names |= {(part, name) for name in files["image"]}
         prints += _check_files(report, part, files, progress)
@@ -91,8 +91,8 @@ def _check_names(report: SetReport, part: str) -> dict[str, dict[str, Path]]:
     report.problems += found.problems
     images = found.files["image"]
     for kind, files in found.files.items():
-        folder = report.root / part / kind
-        here = sorted(folder.glob("[!.]*"))
+        folder = found.folders.get(kind)
+        here = sorted(folder.glob("[!.]*")) if folder else []
         others = [path.name for path in here if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file()]
         alone = [path.name for name, path in files.items() if name not in images]
         without = [path.name for name, path in images.items() if files and name not in files]
@@ -170,7 +170,7 @@ def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
         rows = read_index(report.root)
     except UserError:
         return  # reported when the parts were read
-    if rows is None:
+    if rows is None or isinstance(report.root, dict) or ALL in report.parts:
         return
     unnamed = (files - set(rows), "are not named, so each counts as a photo of its own")
     for keys, what in (unnamed, (set(rows) - files, "are named but not there")):

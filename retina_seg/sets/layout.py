@@ -1,24 +1,28 @@
-"""A dataset on disk, the Data1 layout: which image and mask belong together, which files are variants of one photo.
+"""A dataset on disk: which image and mask belong together, which files are variants of one photo.
+
+A dataset is a folder, a CSV file of pairs (columns image, mask; optional part, fov, mask_2nd, photo, subject, name; paths
+relative to the file), or {"images": PATTERN, "masks": PATTERN}. The folder's own layout, Data1:
 
 {train,test}/{image,mask}/<name>.<ending>      images, and masks of the same name
 {train,test}/{fov,mask_2nd}/<name>.<ending>    optional: field of view, second observer's mask
 photos.csv                                     optional: part,name,photo[,subject] of each file
+
+`files.part_folders` knows other names of the folders, `names.match_names` other names of the masks.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from retina_seg.fov import find_fov
-from retina_seg.images import list_images, read_grey, read_image, read_mask
-from retina_seg.utils import UserError, read_csv
-
-PARTS = ("train", "test")
-KINDS = ("image", "mask", "fov", "mask_2nd")
+from retina_seg.images import read_grey, read_image, read_mask
+from retina_seg.sets.files import ALL, KINDS, TREE, Data, Root, collect_files, find_set, list_parts, pair_rows
+from retina_seg.utils import UserError, read_csv, read_json
 
 
 @dataclass(frozen=True)
@@ -35,109 +39,105 @@ class Pair:
     dataset: str = ""  # the name of its dataset's folder, in lower case
 
 
-@dataclass
-class PartFiles:
-    """What one part of a dataset holds: kind (`KINDS`) -> name -> file, and a line for every problem with its remedy."""
-
-    files: dict[str, dict[str, Path]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
-    problems: list[str] = field(default_factory=list)
-
-
-def find_set(data: str | Path) -> Path:
-    """The folder in the Data1 layout at `data`, or up to three folders below it, as archives unpack.
-
-    Raises `UserError`: no such folder, none in this layout, or several.
-    """
-    data = Path(data)
-    if not data.is_dir():
-        raise UserError(f"{data}: no such folder; Data1/README.md says how to get the images")
-    level = [data]
-    for _ in range(4):
-        found = [folder for folder in level if any((folder / part / "image").is_dir() for part in PARTS)]
-        if len(found) > 1:
-            names = ", ".join(str(folder) for folder in found[:3])
-            raise UserError(f"{data}: holds several datasets ({names}); name one of them")
-        if found:
-            return found[0]
-        level = [below for folder in level for below in sorted(folder.iterdir()) if below.is_dir()]
-    if (data / "training" / "images").is_dir() or (data / "Image_01L.jpg").is_file():
-        raise UserError(f"{data}: is a dataset as published; convert it first: retina-seg prepare --help")
-    raise UserError(f"{data}: has no train/image or test/image folder; Data1/README.md shows the layout")
-
-
-def collect_files(root: Path, part: str) -> PartFiles:
-    """The files of one part of the dataset at `root`, by kind and name in natural order, with all problems found."""
-    found, folder = PartFiles(), root / part
-    for kind in KINDS:
-        needed = kind in ("image", "mask")
-        if not (folder / kind).is_dir():
-            if needed:
-                found.problems.append(f"{folder / kind}: no such folder; Data1/README.md shows the layout")
-            continue
-        try:
-            files = list_images(folder / kind)
-        except UserError as error:
-            found.problems.append(str(error))
-            continue
-        if needed and not files:
-            found.problems.append(f"{folder / kind}: holds no images; Data1/README.md says how to get them")
-        for path in files:
-            if found.files[kind].setdefault(path.stem, path) != path:
-                found.problems.append(f"{folder / kind}: two files are called {path.stem}; remove or rename one")
-    for kind, other in (("image", "mask"), ("mask", "image")):
-        if partners := found.files[other]:
-            alone = (path for name, path in found.files[kind].items() if name not in partners)
-            found.problems += [f"{p}: has no partner {folder / other / p.stem}.*; add it or remove this" for p in alone]
-    return found
-
-
-def list_pairs(data: str | Path | Sequence[str | Path], part: str) -> list[Pair]:
-    """The pairs of one part ("train" or "test") of the dataset at `data`, in natural order, matched by name.
+def list_pairs(
+    data: Data | Sequence[Data] | None = None,
+    part: str | None = None,
+    *,
+    images: str | None = None,
+    masks: str | None = None,
+    csv: str | Path | None = None,
+) -> list[Pair]:
+    """The pairs of one part ("train" or "test"; None: all) of a dataset, in natural order, a table's in its own order.
 
     Of several datasets, names, photos and subjects begin with the dataset's folder name.
 
+    Args:
+        data: a folder, a CSV file or patterns (see the module's docstring), or several; or one of the following instead.
+        images, masks: patterns of files, relative to the working folder, such as "training/images/*.tif".
+        csv: a CSV file of pairs.
+
     Raises `UserError`: no such folder, no images, a file without its partner, two files or datasets of one name.
     """
-    if not isinstance(data, (str, Path)) and len(data) != 1:
-        roots = [find_set(one) for one in data]
-        if len({root.name for root in roots}) < max(1, len(roots)):
-            raise UserError(f"--data: several datasets need different folder names, got {', '.join(map(str, roots))}")
-        return [
-            replace(pair, **{key: f"{root.name}/{getattr(pair, key)}" for key in ("name", "photo", "subject")})
-            for root in roots
-            for pair in list_pairs(root, part)
-        ]
-    root = find_set(data if isinstance(data, (str, Path)) else data[0])
+    patterns = None if images is None and masks is None else {"images": images, "masks": masks}
+    given = [one for one in (data, csv, patterns) if one is not None]
+    if len(given) != 1:
+        raise UserError("list_pairs: give one of data, csv, and images with masks")
+    roots = [find_set(one) for one in (given[0] if isinstance(given[0], (list, tuple)) else given)]
+    if len({_name(root) for root in roots}) < max(1, len(roots)):
+        raise UserError(f"--data: several datasets need different folder names, got {', '.join(map(str, roots))}")
+    pairs = []
+    for root in roots:
+        here = [pair for one in ([part] if part else list_parts(root)) for pair in _pairs(root, one)]
+        prefix = f"{_name(root)}/" if len(roots) > 1 else ""
+        pairs += [replace(p, name=prefix + p.name, photo=prefix + p.photo, subject=prefix + p.subject) for p in here]
+    return pairs
+
+
+def _name(root: Root) -> str:
+    return "images" if isinstance(root, dict) else root.stem if root.is_file() else root.name
+
+
+def _pairs(root: Root, part: str) -> list[Pair]:
     found = collect_files(root, part)
     if found.problems:
         more = len(found.problems) - 1
-        raise UserError(found.problems[0] + (f" (and {more} more problems: retina-seg check)" if more else ""))
+        known = isinstance(root, dict) or root.is_file() or all(found.files[kind] for kind in KINDS[:2])
+        tail = (f" (and {more} more problems: retina-seg check)" if more else "") + ("" if known else f"; {TREE}")
+        raise UserError(found.problems[0] + tail)
     images, masks, fov, mask_2nd = (found.files[kind] for kind in KINDS)
     photos = photo_ids(root, part, images)
     return [
-        Pair(name, path, masks[name], *photos[name], fov.get(name), mask_2nd.get(name), root.name.lower())
+        Pair(name, path, masks[name], *photos[name], fov.get(name), mask_2nd.get(name), _name(root).lower())
         for name, path in images.items()
     ]
 
 
-def photo_ids(root: Path, part: str, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """The (photo, subject) of each image: by `photos.csv`, else by the Kaggle set's order. Raises as `read_index`."""
+def photo_ids(root: Root, part: str, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
+    """The (photo, subject) of each image: by a table, else by the Kaggle set's order. Raises as `read_index`."""
     rows = read_index(root)
-    if rows is None and part == "train" and _in_fours(images):
+    if rows is None and part != "test" and _in_fours(images):
         return {name: (str(int(name) // 4),) * 2 for name in images}
-    return {name: (rows or {}).get((part, name), (name, name)) for name in images}
+    rows = rows or {}
+    # a spreadsheet writes 007 as 7; a dataset without parts has one row a name
+    short = {name: name.lstrip("0") if name.lstrip("0") not in images else name for name in images}
+    keys = {name: [(p, n) for n in (name, short[name]) for p in (part, ALL, "")] for name in images}
+    return {name: next((rows[key] for key in keys[name] if key in rows), (name, name)) for name in images}
 
 
-def read_index(root: Path) -> dict[tuple[str, str], tuple[str, str]] | None:
-    """`photos.csv` of the dataset: (part, name) -> (photo, subject); None without one. Raises `UserError`: no such table."""
-    index = root / "photos.csv"
+def read_index(root: Root) -> dict[tuple[str, str], tuple[str, str]] | None:
+    """`photos.csv`, or a list of pairs: (part, name) -> (photo, subject); None without one. Raises `UserError`: it is none."""
+    if isinstance(root, dict):
+        return None
+    if root.is_file():
+        rows = pair_rows(root)
+        if all(row["photo"] == row["subject"] == row["name"] for row in rows):
+            return None
+        return {(row["part"], row["name"]): (row["photo"], row["subject"]) for row in rows}
+    index, columns = root / "photos.csv", ("part", "name", "photo")
     if not index.is_file():
         return None
-    columns = ("part", "name", "photo")
     rows = read_csv(index, columns)
     if any(row[key] is None for row in rows for key in columns):
         raise UserError(f"{index}: has a row that is cut short; mend or remove it")
     return {(row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"]) for row in rows}
+
+
+def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
+    """Raises `UserError`: an image is among both, so a score on it would be worth nothing."""
+    trained = {os.path.realpath(pair.image) for pair in training}
+    if both := [pair.image for pair in tested if os.path.realpath(pair.image) in trained]:
+        remedy = "give other test images, or use train --validation photos, then test --part validation"
+        raise UserError(f"{both[0]}: {len(both)} of {len(tested)} test images are training images; {remedy}")
+
+
+def check_untrained(run: str | Path, tested: Sequence[Pair]) -> None:
+    """Raises `UserError`: the training in the folder `run` was on an image of `tested`. Unknown where its data are gone."""
+    try:
+        value = read_json(Path(run) / "config.json")
+        trained = [pair for pair in list_pairs(value["config"]["data"], "train") if pair.name in value["training"]]
+    except (UserError, OSError, KeyError, TypeError):
+        return
+    check_apart(trained, tested)
 
 
 def _in_fours(images: dict[str, Path]) -> bool:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.layout import KINDS
+from retina_seg.sets.files import KINDS
 from retina_seg.utils import UserError, create_dir, natural_key, write_csv
 
 SIZE = 512  # the side the original resizes everything to
@@ -95,6 +95,13 @@ _TABLE = (
         fov="{folder}masks?/{name}(_mask)?",
         vessel_above=0,  # in some copies 1, 2, 3 are artery, vein, both
     ),
+    RawSet(
+        "FIVES",
+        800,
+        "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
+        image=r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])",  # of age-related, diabetic, glaucoma, normal
+        mask="{folder}/Ground[ _]?truth/{name}",
+    ),
 )
 SETS = {raw.name.lower(): raw for raw in _TABLE}
 
@@ -129,13 +136,14 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
         raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); {hint}")
     (images,) = found.values()
     labelled = [image for image in images if "mask" in image.files]
+    folders = {image.groups.get("folder") for image in labelled}  # DRIVE's site gives no test masks
     listed = []
     for image in images:
-        if raw.complete and image not in labelled:
+        if raw.complete and image not in labelled and image.groups.get("folder") in folders:
             mask = raw.mask.format(**image.groups)
             raise UserError(f"{image.files['image']}: its mask {mask}.* is missing; complete the download")
         if folder := image.groups.get("folder"):
-            training = folder.lower().startswith("training")
+            training = folder.lower().startswith("train")
         elif raw.last_train is not None:
             training = int(image.groups["number"]) <= raw.last_train
         else:
@@ -186,7 +194,7 @@ def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
 
 def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
     """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
-    images = list_raw(SETS["drive"], path)
+    images = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
     train, test = ([image.files for image in images if image.part == part] for part in ("train", "test"))
     return tuple(([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
 
@@ -300,8 +308,10 @@ def prepare_set(
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise UserError(f"{destination}: lies inside the raw images {source}; choose a folder elsewhere")
     labelled = [image for image in images if "mask" in image.files]
-    if len(labelled) < len(images):
-        print(f"{raw.name}: {len(images) - len(labelled)} images without a mask are left out")
+    if left := [image for image in images if image not in labelled]:
+        print(f"{raw.name}: {len(left)} images without a mask are left out")
+        if raw.complete:
+            print(f"no {left[0].part} part: its images have no masks; to score, train with --validation photos")
     if len(labelled) < raw.total:
         print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
     if split != "usual":

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from retina_seg.images import list_images, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.layout import find_set
-from retina_seg.utils import UserError, create_dir, write_csv
+from retina_seg.sets.files import Data, find_set
+from retina_seg.utils import UserError, create_dir, user_path, write_csv
 
 SYNTHETIC_SET = Path("results/synthetic-data")
 MIN_SIZE, MAX_SIZE = 64, 8192  # px; below not even the main arcades fit, above the memory may not
@@ -101,18 +101,18 @@ def write_set(
 
 
 def data_or_synthetic(
-    data: str | Path, fallback: str | Path = SYNTHETIC_SET, progress: bool = True, **size: Any
-) -> tuple[Path, bool]:
-    """(`data`, False), or (`fallback`, True) where `data` holds no image: a synthetic set, written there if need be.
+    data: Data, fallback: str | Path = SYNTHETIC_SET, progress: bool = True, **size: Any
+) -> tuple[Path | dict[str, str], bool]:
+    """(`find_set(data)`, False), or (`fallback`, True) where `data` holds no image: a synthetic set, written there if need be.
 
     `size`: other arguments of `write_set`.
 
     Raises `UserError`: `data` holds images, but not in the layout; `fallback` holds something else or cannot be written.
     """
-    data, fallback = Path(data), Path(fallback)
-    if data.exists() and not data.is_dir():
-        raise UserError(f"{data}: is a file, not a folder of images")
-    if any(list_images(folder) for folder in [data, *data.rglob("*/")] if folder.is_dir()):
+    fallback = Path(fallback)
+    if isinstance(data, dict) or (top := user_path(data)).is_file():
+        return find_set(data), False
+    if any(list_images(folder) for folder in [top, *top.rglob("*/")] if folder.is_dir()):
         return find_set(data), False
     if not (fallback / "photos.csv").is_file():
         write_set(fallback, progress=progress, **size)

@@ -1,0 +1,233 @@
+"""The files of a dataset, by part and kind: of a folder in a known layout, of two patterns, or of a list of pairs."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retina_seg.images import list_images, visible
+from retina_seg.sets.names import match_names
+from retina_seg.utils import UserError, file_kind, natural_sort, read_csv, user_path
+
+PARTS = ("train", "test")
+ALL = "all"  # the one part of a dataset without parts: it stands for whichever is asked for
+KINDS = ("image", "mask", "fov", "mask_2nd")
+TREE = """expected:
+    DATA/train/image/1.png    DATA/train/mask/1.png    images and vessel masks of the same names, for training
+    DATA/test/image/2.png     DATA/test/mask/2.png     the same for testing
+    from a public set: retina-seg prepare SET SOURCE DESTINATION
+    from other files: --images "PATTERN" --masks "PATTERN", or --pairs LIST.csv with columns image, mask"""
+# what folders are called, in lower case without - _ and space
+_PARTS = {"train": ("train", "training"), "test": ("test", "testing")}
+_MANUAL = ("1stmanual", "manual", "manual1", "vesselsegmentation", "vesselsegmentations")
+_MASKS = ("mask", "masks")  # beside one of _MANUAL the field of view
+_VESSELS = (*_MANUAL, "groundtruth", "gt", "label", "labels", "annotation", "annotations", "vessel", "vessels")
+_NAMES = {
+    "image": ("image", "images", "img", "imgs", "original", "originals"),
+    "mask": (*_MASKS, *_VESSELS),
+    "fov": ("fov", "fovs"),
+    "mask_2nd": ("mask2nd", "2ndmanual", "manual2"),
+}
+Data = str | Path | dict[str, str]
+Root = Path | dict[str, str]  # what `find_set` gives
+
+
+@dataclass
+class PartFiles:
+    """What one part of a dataset holds: kind (`KINDS`) -> name -> file, and a line for every problem with its remedy."""
+
+    files: dict[str, dict[str, Path]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    problems: list[str] = field(default_factory=list)
+    folders: dict[str, Path] = field(default_factory=dict)  # kind -> the folder of all its files, where there is one
+
+    def add(self, kind: str, paths: Sequence[Path]) -> None:
+        """Take the files `paths` by their names."""
+        for path in paths:
+            if self.files[kind].setdefault(path.stem, path) != path:
+                self.problems.append(f"{path.parent}: two files are called {path.stem}; remove or rename one")
+
+
+def find_set(data: Data) -> Root:
+    """The dataset at `data`: a folder in a known layout, or up to three folders below it, as archives unpack; else `data`.
+
+    Raises `UserError`: no such folder or table, none in a known layout, or several.
+    """
+    if isinstance(data, dict):
+        if set(data) != {"images", "masks"} or not all(isinstance(value, (str, Path)) for value in data.values()):
+            raise UserError(f"{data}: two patterns are needed, images and masks")
+        return data
+    data = user_path(data)
+    if data.is_file():
+        if data.suffix.lower() not in (".csv", ".tsv"):
+            raise UserError(f"{data}: is {file_kind(data) or 'a file'}; give a folder, or a CSV file of pairs")
+        pair_rows(data)
+        return data
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; {TREE}")
+    for known in (_is_data1, part_folders):
+        for level in _levels(data):
+            found = [folder for folder in level if known(folder)]
+            if len(found) > 1:
+                names = ", ".join(str(folder) for folder in found[:3])
+                raise UserError(f"{data}: holds several datasets ({names}); name one of them")
+            if found:
+                return found[0]
+    for folder in (folder for level in _levels(data) for folder in level if (folder / "Image_01L.jpg").is_file()):
+        patterns = f'--images "{folder}/Image_*.jpg" --masks "{folder}/Image_*_1stHO.png"'
+        raise UserError(f"{data}: is CHASE_DB1: retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}")
+    raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
+
+
+def _levels(data: Path) -> Iterator[list[Path]]:
+    level = [data]
+    for _ in range(4):
+        yield level
+        level = [below for folder in level for below in sorted(folder.iterdir()) if below.is_dir()]
+
+
+def _is_data1(folder: Path) -> bool:
+    return any((folder / part / "image").is_dir() for part in PARTS)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[-_ ]", "", name.lower())
+
+
+def _called(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [path for path in visible(folder) if _plain(path.name) in names and path.is_dir()]
+
+
+def part_folders(root: Path) -> dict[str, tuple[Path, dict[str, list[Path]]]]:
+    """Part -> its folder, and kind -> the folders of that kind in it (one, in a sound dataset); {} where none has images.
+
+    Names as `_PARTS` and `_NAMES`; case, -, _ and space do not matter. The one part is `ALL` where images and masks lie
+    in `root` itself. Raises `UserError`: two folders of one part.
+    """
+    tops = {part: _called(root, _PARTS[part]) for part in PARTS}
+    own = {part: root / part if root / part in paths else paths[0] for part, paths in tops.items() if paths}
+    for parts in (own, {ALL: root}):
+        manual = any(_called(top, _MANUAL) for top in parts.values())
+        names = _NAMES | ({"mask": _VESSELS, "fov": (*_NAMES["fov"], *_MASKS)} if manual else {})
+        found = {part: (top, {kind: _called(top, names[kind]) for kind in KINDS}) for part, top in parts.items()}
+        for top, kinds in found.values():
+            if (top / "image").is_dir():  # the Data1 layout: nothing else counts beside its own names
+                kinds.update({kind: [top / kind] for kind, paths in kinds.items() if top / kind in paths})
+        if any(kinds["image"] and (kinds["mask"] or parts is own) for _, kinds in found.values()):
+            if twice := [paths for paths in tops.values() if len(paths) > 1 and parts is own and not _is_data1(root)]:
+                raise UserError(f"{twice[0][0]}, {twice[0][1]}: two folders for one part; rename or remove one")
+            return found
+    return {}
+
+
+def list_parts(root: Root) -> list[str]:
+    """The parts of the dataset `root`: "train" and "test", or `ALL` alone."""
+    if isinstance(root, dict):
+        return [ALL]
+    return list(dict.fromkeys(row["part"] for row in pair_rows(root)) if root.is_file() else part_folders(root))
+
+
+def collect_files(root: Root, part: str) -> PartFiles:
+    """The files of one part of the dataset `root`, by kind and image's name in natural order, with all problems found."""
+    found = PartFiles()
+    if isinstance(root, Path) and root.is_file():
+        _collect_rows(root, part, found)
+        return found
+    if isinstance(root, dict):
+        _collect_patterns(root, found)
+    else:
+        _collect_folders(root, part, found)
+    for kind in KINDS[1:]:
+        images = {mask: image for image, mask in match_names([*found.files["image"]], [*found.files[kind]]).items()}
+        found.files[kind] = {images.get(name, name): path for name, path in found.files[kind].items()}
+    for kind, other in (("image", "mask"), ("mask", "image")):
+        for name, path in found.files[kind].items() if found.files[other] else ():
+            if name not in found.files[other]:
+                place = f"{found.folders[other] / path.stem}.*" if other in found.folders else f"by --{other}s"
+                found.problems.append(f"{path}: has no partner {place}; add it or remove this")
+    return found
+
+
+def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
+    parts = part_folders(root)
+    top, kinds = parts.get(part) or parts.get(ALL) or (root / part, {})
+    for kind in KINDS:
+        folders = kinds.get(kind) or []
+        folder, needed = folders[0] if folders else top / kind, kind in ("image", "mask")
+        remedy = f"add the {kind}s, or use --images and --masks"
+        try:
+            if len(folders) > 1:
+                names = ", ".join(path.name for path in folders)
+                raise UserError(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
+            if not folders and needed:
+                state = "no such folder" if not folder.is_dir() else "is the field of view beside 1st_manual, no mask"
+                raise UserError(f"{folder}: {state}; {remedy}")
+            if folders:
+                found.folders[kind] = folder
+                found.add(kind, list_images(folder))
+                if needed and not found.files[kind]:
+                    raise UserError(f"{folder}: holds no images; {remedy}")
+        except UserError as error:
+            found.problems.append(str(error))
+
+
+def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
+    matches: dict[str, list[Path]] = {}
+    for kind in ("image", "mask"):
+        paths = [Path(path) for path in glob.glob(str(user_path(patterns[f"{kind}s"])), recursive=True)]
+        listed = {file for folder in {path.parent for path in paths} for file in list_images(folder)}
+        files = [p for p in paths if p in listed] or [file for p in paths if p.is_dir() for file in list_images(p)]
+        matches[kind] = natural_sort(files)
+        if not files:
+            found.problems.append(f'--{kind}s "{patterns[f"{kind}s"]}": matches no image file; correct the pattern')
+    both = set(matches["image"]) & set(matches["mask"])
+    if both == set(matches["mask"]) != set(matches["image"]):  # "*.png" with "*_mask.png"
+        matches["image"] = [path for path in matches["image"] if path not in both]
+    elif both:
+        found.problems.append(f"{min(both)}: is both an image and a mask by --images and --masks; correct them")
+    for kind, paths in matches.items():
+        found.add(kind, paths)
+
+
+def pair_rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a list of pairs, all columns filled in. Raises `UserError`: no such table, or a row that cannot be."""
+    columns = ("part", *KINDS, "photo", "subject", "name")
+    rows = [{key: (row.get(key) or "").strip() for key in columns} for row in read_csv(table, KINDS[:2])]
+    rows = [row for row in rows if any(row.values())]
+    parted = any(row["part"] for row in rows)
+    for row in rows:
+        if not (row["image"] and row["mask"]):
+            raise UserError(f"{table}: {row['image'] or row['mask'] or 'a row'} has no partner; complete or remove it")
+        part = next((part for part, names in _PARTS.items() if _plain(row["part"]) in names), None) if parted else ALL
+        if part is None:
+            raise UserError(f"{table}: {row['image']} is in the part {row['part']!r}; give each row train or test")
+        row |= {"part": part, "name": row["name"] or Path(row["image"].replace("\\", "/")).stem}
+        row["photo"] = row["photo"] or row["name"]
+        row["subject"] = row["subject"] or row["photo"]
+        if re.search(r"[/\\]|^\.", row["name"]):
+            raise UserError(f"{table}: the name {row['name']} must be no path; results are written under it")
+    if not rows:
+        raise UserError(f"{table}: holds no pairs; add rows of image and mask")
+    return rows
+
+
+def _collect_rows(table: Path, part: str, found: PartFiles) -> None:
+    uses: dict[Path, str] = {}
+    rows = [row for row in pair_rows(table) if row["part"] in (part, ALL)]
+    if not rows:
+        found.problems.append(f"{table}: has no row of the part {part}; add some, or leave the column part out")
+    for row in rows:
+        name = row["name"]
+        if name in found.files["image"]:
+            found.problems.append(f"{table}: two images are called {name}; tell them apart in a column name")
+        for kind in filter(row.get, KINDS):
+            path, other = (table.parent / user_path(p) for p in (row[kind], row[kind].replace("\\", "/")))
+            path = path if path.is_file() else other  # written on Windows
+            if not path.is_file():
+                found.problems.append(f"{path}: no such file, but {table} names it; correct the row")
+            use = f"{kind} of {row['photo' if kind == 'mask' else 'name']}"
+            if kind in ("image", "mask") and uses.setdefault(path, use) != use:
+                found.problems.append(f"{path}: is the {uses[path]} and the {use} in {table}; correct the row")
+            found.files[kind][name] = path
