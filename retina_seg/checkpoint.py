@@ -7,8 +7,6 @@ A state dict of a network of `model.MODELS`, in the usual wrappings, loads too.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import io
 from pathlib import Path
@@ -17,11 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from retina_seg.config import TrainConfig
 from retina_seg.model import MODELS, build_model
 from retina_seg.state_dicts import load_safely, recognised
-from retina_seg.transforms import ResizeFrame
-from retina_seg.utils import UserError, atomic_write, read_csv, read_json, user_path, without_nan
+from retina_seg.utils import UserError, atomic_write, user_path
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKPOINT_FORMAT = "retina_seg checkpoint 1"
@@ -47,26 +43,6 @@ def find_weights(name: str | Path) -> Path:
     if path.is_dir() and own in pretrained:
         remedy = f"its weights are in the package: --checkpoint {own}, --weights {own}"
     raise UserError(f"{path}: {'holds no checkpoint.pth' if path.is_dir() else 'no such checkpoint'}; {remedy}")
-
-
-def unfinished(path: Path, epoch: Any) -> str | None:
-    """What the training that wrote the checkpoint file `path` lacks: "epoch 6 of 10, training not finished"; else None.
-
-    `epoch`: the checkpoint's own, None where it is not known.
-    """
-    history, done = path.with_name("history.csv"), epoch if isinstance(epoch, int) else 0
-    with contextlib.suppress(UserError):  # weights alone, or a run of another version
-        planned = TrainConfig.from_json(path.with_name("config.json")).epochs
-        # the history is written after the checkpoint; without one, only the first epoch is known not to be the last
-        done = max(done, len(read_csv(history, ["epoch"]))) if history.exists() or done != 1 else done
-        return f"epoch {done} of {planned}, training not finished" if done < planned else None
-    return None
-
-
-def remarks(name: str | Path) -> list[str]:
-    """Lines to print about the weights `name` (as `find_weights` takes it): a training that is not finished."""
-    what = unfinished(path := find_weights(name), load_checkpoint(path).get("epoch"))
-    return [f"note: {path}: {what}"] if what else []
 
 
 def weights_id(checkpoint: str | Path) -> str:
@@ -158,25 +134,6 @@ def load_model(
     return model.eval(), checkpoint
 
 
-def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
-    """`config` with the network, working frame and threshold of its `weights`; and that network, in its default style.
-
-    Raises `UserError`: as `load_model`.
-    """
-    model, notes = load_model(config.weights or "")
-    arguments = {key: value for key, value in notes["arguments"].items() if key != "styles"}
-    changes: dict[str, Any] = {"model": notes["model"], "model_arguments": arguments}
-    if (frame := notes.get("frame") or ResizeFrame().to_dict())["kind"] == "fov":
-        changes |= {"frame": "fov", "fov_diameter": frame["fov_diameter"]}
-        changes |= {"largest_diameter": frame.get("largest_diameter")}
-        changes |= {"normalise": "fov" if frame.get("normalise") else "none"}
-    else:
-        changes |= {"frame": "resize", "size": frame["size"][0]}
-    if config.threshold == "fixed":
-        changes["threshold"] = str(notes.get("threshold", 0.5))
-    return dataclasses.replace(config, **changes), model
-
-
 def save_last(folder: Path, value: dict[str, Any]) -> None:
     """Write `value` (plain values and tensors) as the folder's last.pth, whole or not at all."""
     _save(folder / LAST, value)
@@ -185,40 +142,3 @@ def save_last(folder: Path, value: dict[str, Any]) -> None:
 def load_last(folder: Path) -> dict[str, Any] | None:
     """What `save_last` wrote; None where nothing was saved yet. Raises `UserError`: the file is damaged."""
     return load_safely(folder / LAST) if (folder / LAST).exists() else None
-
-
-def free_folder(path: str | Path) -> Path:
-    """`path`, or the first of path-2, path-3, … that holds no run yet."""
-    path = user_path(path)
-    taken, number = path, 1
-    while (taken / "config.json").exists() or (taken / "checkpoint.pth").exists():
-        number += 1
-        taken = path.with_name(f"{path.name}-{number}")
-    return taken
-
-
-def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
-    """Make sure that `config.output` holds no run yet or, to `resume`, one of this config; clear what a kill left half-written.
-
-    Raises:
-        UserError: it holds a run that is not asked for, none where one is, or one of another config or number of processes.
-    """
-    folder = user_path(config.output)
-    if not resume:
-        if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
-            raise UserError(
-                f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it"
-            )
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: holds no run to go on with; train without --resume")
-    for path in folder.glob(".*.partial*"):  # what a killed process left half written
-        path.unlink(missing_ok=True)
-    free = {"preset", "data", "output", "device", "workers", "epochs"}
-    written = TrainConfig.from_json(folder / "config.json")
-    mine, theirs = (without_nan(dataclasses.asdict(value)) for value in (config, written))
-    if other := [name for name in mine if name not in free and mine[name] != theirs[name]]:
-        raise UserError(f"{folder}: this run's config has another {', '.join(other)}; go on by its own config.json")
-    began = read_json(folder / "config.json").get("processes", 1)
-    if began != processes:  # other batches
-        raise UserError(f"{folder}: {began} processes began this run, these are {processes}; go on with as many")

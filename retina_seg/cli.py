@@ -258,8 +258,8 @@ def _predict(options: argparse.Namespace) -> int:
     argument("--output", "the run's folder, or the next free name", "results/run"),
 )
 def _run(options: argparse.Namespace) -> None:
-    from retina_seg.checkpoint import free_folder
     from retina_seg.data import list_pairs
+    from retina_seg.runs import free_folder
     from retina_seg.sets.layout import check_apart
     from retina_seg.sets.synthetic import data_or_synthetic
     from retina_seg.test import original_lines, table, test
@@ -331,7 +331,8 @@ def _train(options: argparse.Namespace) -> None:
     FLOAT32,
 )
 def _test(options: argparse.Namespace) -> None:
-    from retina_seg.test import default_output, original_lines, table, test
+    from retina_seg.runs import default_output
+    from retina_seg.test import original_lines, table, test
 
     if bool(options.run) == bool(options.checkpoint):
         raise UserError("give one of --run and --checkpoint")
@@ -450,8 +451,8 @@ def _synth(options: argparse.Namespace) -> None:
     STYLE,
 )
 def _export(options: argparse.Namespace) -> None:
-    from retina_seg.checkpoint import remarks
     from retina_seg.inference.export import export
+    from retina_seg.runs import remarks
 
     difference = export(options.weights, options.output, options.style)
     _say(*remarks(options.weights))

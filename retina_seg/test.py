@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
-from retina_seg.checkpoint import find_weights, load_checkpoint, unfinished, weights_id
-from retina_seg.config import TrainConfig, check_threshold
+from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
+from retina_seg.config import check_threshold
 from retina_seg.data import Pair, list_pairs
 from retina_seg.device import environment, images_at_once
 from retina_seg.images import read_image, write_image
@@ -21,8 +22,11 @@ from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
 from retina_seg.model import count_parameters
-from retina_seg.sets.layout import check_masks, check_untrained
+from retina_seg.runs import check_untrained, held_out_pairs, unfinished
+from retina_seg.sets.files import Data
+from retina_seg.sets.layout import check_masks
 from retina_seg.utils import (
+    Rows,
     UserError,
     create_dir,
     format_number,
@@ -98,84 +102,109 @@ def score_pairs(
     return result
 
 
+class Scores(dict[str, Any]):
+    """What metrics.json holds; and `rankings`, region -> `RankingHistogram` for ROC curves (`visualize.ranking_curves`)."""
+
+    rankings: dict[str, Any]
+
+    @property
+    def rows(self) -> Rows:
+        """A row an image, as in metrics.csv: "name", "<region>_<score>" and "seconds"."""
+        columns = {f"{region}_{score}": (region, score) for region in REGION_NAMES for score in SCORES}
+        return Rows(
+            {**row, **{key: row[region][score] for key, (region, score) in columns.items()}} for row in self["images"]
+        )
+
+    @property
+    def table(self) -> Any:
+        """`rows` as a pandas DataFrame where pandas is installed, else as they are."""
+        return self.rows.table
+
+
 def test(
-    checkpoint: str | Path,
-    data: str | Path,
-    output: str | Path,
+    checkpoint: Any,
+    data: Data,
+    output: str | Path | None = None,
     protocol: str = "notebook",
     threshold: float | None = None,
     part: str = "test",
     progress: bool = True,
     pictures: bool = True,
     **options: Any,
-) -> dict[str, Any]:
+) -> Scores:
     """Score `checkpoint` on one part of the dataset at `data`; writes metrics.json (returned), metrics.csv, pictures.
 
     Args:
         checkpoint, options: as `Segmenter.load` takes them; precision float32 unless given, for the same scores everywhere.
+            Or what `fit` gave back, a network, or a `Segmenter`.
+        output: the folder to write to; None: write nothing.
         part: "test", or "validation": the training images that the run `checkpoint` held out.
         pictures: whether to write `images/`, `contact_sheet.png` (worst image first) and `curves_test.png`.
 
     Raises `UserError` as what it calls, or where `output` holds scores of other weights, options or images.
     """
-    path, how, folder = find_weights(checkpoint), get_protocol(protocol), user_path(output)
-    segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
+    checkpoint, how = getattr(checkpoint, "folder", checkpoint), get_protocol(protocol)
+    what = {"name": protocol, "data": str(data), "part": part}
+    if isinstance(checkpoint, (str, Path)):
+        path = find_weights(checkpoint)
+        segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
+        model = {
+            "epoch": notes.get("epoch"),
+            "unfinished": unfinished(path, notes.get("epoch")),
+            "weights": weights_id(path),
+        }
+        own = (
+            output
+            and path.name == "checkpoint.pth"
+            and user_path(output).resolve().is_relative_to(path.parent.resolve())
+        )
+        what["weights"] = "of this run" if own else weights_id(path)
+    else:
+        given = isinstance(checkpoint, Segmenter)
+        segmenter = checkpoint if given else Segmenter(checkpoint, **{"precision": "float32", **options})
+        notes, model, path = {"model": type(segmenter.model).__name__}, {}, None
     pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
-    check_untrained(path.parent, pairs if part == "test" else [])
-    own = path.name == "checkpoint.pth" and folder.resolve().is_relative_to(path.parent.resolve())
-    what = {"name": protocol, "data": str(data), "part": part, "weights": "of this run" if own else weights_id(path)}
+    if path and part == "test":
+        check_untrained(path.parent, pairs)
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size"), "given_threshold": threshold}
     what["style"] = options.get("style") or notes.get("style")
-    there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what
-    if other := [key for key, value in what.items() if not isinstance(there, dict) or there.get(key, "none") != value]:
-        raise UserError(f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)}); choose another --output")
+    folder = None if output is None else user_path(output)
+    if folder and (folder / "metrics.json").exists():
+        there = read_json(folder / "metrics.json").get("protocol")
+        there = there if isinstance(there, dict) else {}
+        if other := [key for key, value in what.items() if there.get(key, "none") != value]:
+            raise UserError(
+                f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)}); choose another --output"
+            )
     for line in check_masks(pairs):
         tqdm.write(line)
-    images = folder / "images" if pictures else None
-    with output_folder(images or folder):
+    images = folder / "images" if folder and pictures else None
+    with output_folder(images or folder) if folder else contextlib.nullcontext():
         result = score_pairs(segmenter, pairs, protocol, threshold, images, progress)
-    given = "given" if threshold is not None else "fixed" if how.threshold else notes.get("threshold_from", "fixed")
+    chosen = "given" if threshold is not None else "fixed" if how.threshold else notes.get("threshold_from", "fixed")
     what |= {"size": f"{how.size[1]}x{how.size[0]}" if how.size else "native", "threshold": result["threshold"]}
-    what |= {"threshold_from": given, "selected_on": notes.get("selected_on", "unknown"), "images": len(pairs)}
-    model = {"name": notes["model"], "parameters": count_parameters(segmenter.model), "checkpoint": str(checkpoint)}
-    model |= {"epoch": notes.get("epoch"), "unfinished": unfinished(path, notes.get("epoch")), "style": what["style"]}
-    model |= {"frame": segmenter.frame.to_dict(), "weights_id": weights_id(path)}
+    what |= {"threshold_from": chosen, "selected_on": notes.get("selected_on", "unknown"), "images": len(pairs)}
+    model |= {"name": notes["model"], "parameters": count_parameters(segmenter.model), "style": what["style"]}
+    model |= {"checkpoint": str(checkpoint if path else segmenter), "frame": segmenter.frame.to_dict()}
     speed = {"images_per_second": images_at_once(segmenter.device) / result["seconds"]}
     speed |= environment(segmenter.device, segmenter.precision)
     scores = {key: result[key] for key in ("frame", "fov", "second_observer", "images") if result[key]}
-    value = {"protocol": what, "model": model, **scores, "speed": speed}
+    value = Scores({"protocol": what, "model": model, **scores, "speed": speed})
+    value.rankings = result["rankings"]
+    if folder is None:
+        return value
     write_json(folder / "metrics.json", value)
-    columns = {f"{region}_{score}": (region, score) for region in REGION_NAMES for score in SCORES}
-    rows = [row | {key: row[region][score] for key, (region, score) in columns.items()} for row in result["images"]]
-    write_csv(folder / "metrics.csv", ["name", *columns, "seconds"], rows)
-    if pictures:
+    rows = value.rows
+    write_csv(
+        folder / "metrics.csv", [name for name in rows[0] if name not in (*REGION_NAMES, "seconds")] + ["seconds"], rows
+    )
+    if images:
         rows.sort(key=lambda row: -1 if math.isnan(row["frame_f1"]) else row["frame_f1"])
-        errors = (read_image(folder / "images" / f"{row['name']}_errors.png") for row in rows)
+        errors = (read_image(images / f"{row['name']}_errors.png") for row in rows)
         captions = [f"{row['name']}  F1 {row['frame_f1']:.4f}" for row in rows]
         write_image(folder / "contact_sheet.png", visualize.contact_sheet(errors, captions))
         visualize.save_figure(folder / "curves_test.png", visualize.ranking_curves(result["rankings"]))
     return value
-
-
-def default_output(
-    run: str | Path, protocol: str, part: str, tta: bool, working_size: int | None, style: str | None = None
-) -> Path:
-    """The folder for the scores of `run`: its own for the original's protocol on test images, else one inside it."""
-    unusual = {part: part != "test", protocol: protocol != "notebook", "tta": tta, str(working_size): working_size}
-    unusual |= {str(style): style}
-    return Path(run, "-".join(name for name, here in unusual.items() if here))
-
-
-def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
-    """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
-    path = user_path(run) / "config.json"
-    names = read_json(path).get("validation")
-    if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
-        raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
-    pairs = [pair for pair in list_pairs(data, "train") if pair.name in names]
-    if len(pairs) < len(names):
-        raise UserError(f"{data}: lacks training images that {run} held out; give the dataset it was trained on")
-    return pairs
 
 
 def original_lines(value: dict[str, Any]) -> list[str]:

@@ -18,22 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from retina_seg import data
-from retina_seg.checkpoint import (
-    LAST,
-    check_run_folder,
-    load_checkpoint,
-    load_last,
-    load_model,
-    save_last,
-    save_model,
-    start_from,
-)
+from retina_seg.checkpoint import LAST, load_checkpoint, load_last, load_model, save_last, save_model
 from retina_seg.config import TrainConfig
 from retina_seg.device import autocast, choose_precision, environment, memory_kept, out_of_memory, training_layout
 from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
+from retina_seg.runs import check_run_folder, start_from
 from retina_seg.sets.layout import Pair, check_apart, check_masks, list_pairs
 from retina_seg.styles import GROUPS, measure_styles, of_style
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame

@@ -183,7 +183,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(saved, content, said):
     [
         (lambda c: c.update(arguments=None), "incomplete"),
         (lambda c: c.update(format="retina_seg checkpoint 99"), "another version .*pip install"),
-        (lambda c: c.update(model="unet"), "unknown"),
+        (lambda c: c.update(model="unet"), "not one of this package.*register_model"),
         (lambda c: c.update(arguments={"depth": 3}), "depth"),
         (lambda c: c.update(arguments={**SMALL, "deepest": 16}), "another architecture than fast_attention_unet"),
         (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "another architecture.*extra"),

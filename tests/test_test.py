@@ -13,14 +13,15 @@ import torch
 from sklearn import metrics as sk
 from torch import nn
 
-from retina_seg.checkpoint import remarks, save_model
+from retina_seg.checkpoint import save_model
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import find_fov
 from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference.protocol import get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import AttentionUNet
-from retina_seg.test import ORIGINAL_FIVE, calculate_metrics, default_output, original_lines, score_pairs, table, test
+from retina_seg.runs import default_output, remarks
+from retina_seg.test import ORIGINAL_FIVE, calculate_metrics, original_lines, score_pairs, table, test
 from retina_seg.transforms import FovFrame, ResizeFrame
 from retina_seg.utils import UserError, read_json, write_json
 

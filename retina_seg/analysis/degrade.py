@@ -16,14 +16,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
-from retina_seg.checkpoint import remarks
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import fov_diameter
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
-from retina_seg.sets.layout import check_masks, check_untrained
-from retina_seg.test import held_out_pairs
+from retina_seg.runs import check_untrained, held_out_pairs, remarks
+from retina_seg.sets.layout import check_masks
 from retina_seg.utils import format_number, output_folder, write_csv
 
 COLUMNS = ("degradation", "images", "f1", "difference", "auc", "worst_f1", "worst_image")

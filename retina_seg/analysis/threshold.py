@@ -11,13 +11,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
-from retina_seg.checkpoint import remarks
 from retina_seg.data import Pair
 from retina_seg.inference.protocol import get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import THRESHOLDS, threshold_scores
+from retina_seg.runs import held_out_pairs, remarks
 from retina_seg.sets.layout import check_masks
-from retina_seg.test import held_out_pairs
 from retina_seg.utils import UserError, output_folder, write_csv
 
 F1_GIVEN_AWAY = 0.0005  # at most, for a higher accuracy

@@ -22,7 +22,7 @@ import numpy as np
 from retina_seg.fov import find_fov
 from retina_seg.images import read_grey, read_image, read_mask
 from retina_seg.sets.files import ALL, KINDS, TREE, Data, Root, collect_files, find_set, list_parts, pair_rows
-from retina_seg.utils import UserError, read_csv, read_json
+from retina_seg.utils import UserError, read_csv
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,6 @@ def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
     if both := [pair.image for pair in tested if os.path.realpath(pair.image) in trained]:
         remedy = "give other test images, or use train --validation photos, then test --part validation"
         raise UserError(f"{both[0]}: {len(both)} of {len(tested)} test images are training images; {remedy}")
-
-
-def check_untrained(run: str | Path, tested: Sequence[Pair]) -> None:
-    """Raises `UserError`: the training in the folder `run` was on an image of `tested`. Unknown where its data are gone."""
-    try:
-        value = read_json(Path(run) / "config.json")
-        trained = [pair for pair in list_pairs(value["config"]["data"], "train") if pair.name in value["training"]]
-    except (UserError, OSError, KeyError, TypeError):
-        return
-    check_apart(trained, tested)
 
 
 def _in_fours(images: dict[str, Path]) -> bool:

@@ -1,0 +1,124 @@
+"""A run's folder: where a training writes, whether it is finished, what it held out; and weights a training starts from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from retina_seg.checkpoint import LAST, find_weights, load_checkpoint, load_model
+from retina_seg.config import TrainConfig
+from retina_seg.sets.layout import Pair, check_apart, list_pairs
+from retina_seg.transforms import ResizeFrame
+from retina_seg.utils import UserError, read_csv, read_json, user_path, without_nan
+
+
+def free_folder(path: str | Path) -> Path:
+    """`path`, or the first of path-2, path-3, … that holds no run yet."""
+    path = user_path(path)
+    taken, number = path, 1
+    while (taken / "config.json").exists() or (taken / "checkpoint.pth").exists():
+        number += 1
+        taken = path.with_name(f"{path.name}-{number}")
+    return taken
+
+
+def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
+    """Make sure that `config.output` holds no run yet or, to `resume`, one of this config; clear what a kill left half-written.
+
+    Raises:
+        UserError: it holds a run that is not asked for, none where one is, or one of another config or number of processes.
+    """
+    folder = user_path(config.output)
+    if not resume:
+        if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
+            raise UserError(
+                f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it"
+            )
+        return
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds no run to go on with; train without --resume")
+    for path in folder.glob(".*.partial*"):  # what a killed process left half written
+        path.unlink(missing_ok=True)
+    free = {"preset", "data", "output", "device", "workers", "epochs"}
+    written = TrainConfig.from_json(folder / "config.json")
+    mine, theirs = (without_nan(dataclasses.asdict(value)) for value in (config, written))
+    if other := [name for name in mine if name not in free and mine[name] != theirs[name]]:
+        raise UserError(f"{folder}: this run's config has another {', '.join(other)}; go on by its own config.json")
+    began = read_json(folder / "config.json").get("processes", 1)
+    if began != processes:  # other batches
+        raise UserError(f"{folder}: {began} processes began this run, these are {processes}; go on with as many")
+
+
+def unfinished(path: Path, epoch: Any) -> str | None:
+    """What the training that wrote the checkpoint file `path` lacks: "epoch 6 of 10, training not finished"; else None.
+
+    `epoch`: the checkpoint's own, None where it is not known.
+    """
+    history, done = path.with_name("history.csv"), epoch if isinstance(epoch, int) else 0
+    with contextlib.suppress(UserError):  # weights alone, or a run of another version
+        planned = TrainConfig.from_json(path.with_name("config.json")).epochs
+        # the history is written after the checkpoint; without one, only the first epoch is known not to be the last
+        done = max(done, len(read_csv(history, ["epoch"]))) if history.exists() or done != 1 else done
+        return f"epoch {done} of {planned}, training not finished" if done < planned else None
+    return None
+
+
+def remarks(name: str | Path) -> list[str]:
+    """Lines to print about the weights `name` (as `find_weights` takes it): a training that is not finished."""
+    what = unfinished(path := find_weights(name), load_checkpoint(path).get("epoch"))
+    return [f"note: {path}: {what}"] if what else []
+
+
+def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
+    """`config` with the network, working frame and threshold of its `weights`; and that network, in its default style.
+
+    Raises `UserError`: as `load_model`.
+    """
+    model, notes = load_model(config.weights or "")
+    arguments = {key: value for key, value in notes["arguments"].items() if key != "styles"}
+    changes: dict[str, Any] = {"model": notes["model"], "model_arguments": arguments}
+    if (frame := notes.get("frame") or ResizeFrame().to_dict())["kind"] == "fov":
+        changes |= {"frame": "fov", "fov_diameter": frame["fov_diameter"]}
+        changes |= {"largest_diameter": frame.get("largest_diameter")}
+        changes |= {"normalise": "fov" if frame.get("normalise") else "none"}
+    else:
+        changes |= {"frame": "resize", "size": frame["size"][0]}
+    if config.threshold == "fixed":
+        changes["threshold"] = str(notes.get("threshold", 0.5))
+    return dataclasses.replace(config, **changes), model
+
+
+def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
+    """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
+    path = user_path(run) / "config.json"
+    names = read_json(path).get("validation")
+    if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
+        raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
+    pairs = [pair for pair in list_pairs(data, "train") if pair.name in names]
+    if len(pairs) < len(names):
+        raise UserError(f"{data}: lacks training images that {run} held out; give the dataset it was trained on")
+    return pairs
+
+
+def default_output(
+    run: str | Path, protocol: str, part: str, tta: bool, working_size: int | None, style: str | None = None
+) -> Path:
+    """The folder for the scores of `run`: its own for the original's protocol on test images, else one inside it."""
+    unusual = {part: part != "test", protocol: protocol != "notebook", "tta": tta, str(working_size): working_size}
+    unusual |= {str(style): style}
+    return Path(run, "-".join(name for name, here in unusual.items() if here))
+
+
+def check_untrained(run: str | Path, tested: Sequence[Pair]) -> None:
+    """Raises `UserError`: the training in the folder `run` was on an image of `tested`. Unknown where its data are gone."""
+    try:
+        value = read_json(Path(run) / "config.json")
+        trained = [pair for pair in list_pairs(value["config"]["data"], "train") if pair.name in value["training"]]
+    except (UserError, OSError, KeyError, TypeError):
+        return
+    check_apart(trained, tested)
