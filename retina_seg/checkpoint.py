@@ -17,6 +17,7 @@ from torch import nn
 
 from retina_seg.model import MODELS, build_model
 from retina_seg.state_dicts import load_safely, recognised
+from retina_seg.styles import AUTO, AUTO_STYLES
 from retina_seg.utils import UserError, atomic_write, user_path
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -97,7 +98,8 @@ def load_model(
 
     Args:
         name: as `find_weights` takes it: a file, a run's folder, or the name of pretrained weights.
-        style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style".
+        style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style",
+            and "balanced" where that is "auto". "auto" gives logits (N, 2, H, W), of `styles.AUTO_STYLES`.
         model: the network to load the weights into; None: built by the checkpoint's "model" and "arguments".
 
     Raises `UserError`: as `load_checkpoint`, or weights of another architecture, or weights that are not finite, or
@@ -122,13 +124,15 @@ def load_model(
         ) from None
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
-    styles = checkpoint.get("styles", {})
-    if style is not None and style not in styles:
+    if styles := checkpoint.get("styles", {}):
+        own = checkpoint.get("style")
+        checkpoint["style"] = style or ("balanced" if own == AUTO else own)
+    if style is not None and style not in (*styles, *([AUTO] if styles else [])):
         raise UserError(f"--style {style}: {path} has {', '.join(styles) or 'no styles to choose from'}")
     if styles:
-        checkpoint["style"] = style or checkpoint.get("style")
+        names = AUTO_STYLES if style == AUTO else [checkpoint["style"]]
         try:
-            model.mix_styles(styles[checkpoint["style"]])
+            model.mix_styles([styles[name] for name in names])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise UserError(f"{path}: its style {str(checkpoint['style'])[:80]} does not fit its network") from None
     return model.eval(), checkpoint

@@ -196,7 +196,7 @@ PROTOCOL = (
 )
 RUNS = argument("runs", "folders of runs", nargs="+", metavar="RUN")
 STYLE = argument(
-    "--style", "label style: fine, balanced, bold or a training dataset's name (default: the checkpoint's)"
+    "--style", "label style: auto, fine, balanced, bold or a training dataset's name (default: the checkpoint's)"
 )
 NETWORK = (
     argument("--working-size", "scale to this field-of-view diameter, pixels (default: the checkpoint's)", type=int),

@@ -223,7 +223,7 @@ PRESETS = {
             "model_arguments": {},
             "normalise": "fov",
             "styles": "datasets",
-            "style": "fine",
+            "style": "auto",
             "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
             "patches": 840,
             "epochs": 36,

@@ -226,13 +226,13 @@ class FastAttentionUNet(nn.Module):
         y = self.shuffle(self.head(d))  # (N, fine, H, W); the logits where there is no fine path
         return y if self.fine is None else self.fine(y, x)  # (N, styles, H, W)
 
-    def mix_styles(self, shares: Sequence[float]) -> None:
-        """Replace the logits of the styles by one, their sum weighted by `shares`: the last convolution is linear."""
-        last = self.head if self.fine is None else self.fine[-1]
-        last.out_channels = 4 if self.fine is None else 1  # of one style
+    def mix_styles(self, shares: Sequence[Sequence[float]]) -> None:
+        """Replace the styles' logits by sums of them, one for each row of `shares`: the last convolution is linear."""
+        last, mixed = self.head if self.fine is None else self.fine[-1], torch.tensor(shares)
         for name in ("weight", "bias"):
-            values = getattr(last, name).detach().unflatten(0, (len(shares), last.out_channels))
-            setattr(last, name, nn.Parameter(torch.tensordot(torch.tensor(shares), values, dims=1)))
+            values = getattr(last, name).detach().unflatten(0, (mixed.shape[1], -1))
+            setattr(last, name, nn.Parameter(torch.tensordot(mixed, values, dims=1).flatten(0, 1)))
+        last.out_channels = len(last.bias)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -27,7 +27,7 @@ from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
 from retina_seg.runs import check_run_folder, start_from
 from retina_seg.sets.layout import Pair, check_apart, check_masks, list_pairs
-from retina_seg.styles import GROUPS, measure_styles, of_style
+from retina_seg.styles import AUTO, GROUPS, measure_styles, of_style
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
 from retina_seg.utils import Rows, UserError, epoch_time, natural_sort, output_folder, seeding, write_csv, write_json
 
@@ -238,7 +238,7 @@ def fit(
     if opened.validation is None and config.keep == "best":
         raise UserError("--keep best needs images to validate on; give data=(training, validation), or --keep last")
     if opened.datasets:
-        if config.style not in (names := (*GROUPS, *opened.datasets)):
+        if config.style not in (names := (AUTO, *GROUPS, *opened.datasets)):
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments, styles=len(opened.datasets))

@@ -261,12 +261,13 @@ def test_the_fast_network_at_other_widths_has_the_published_parameters(arguments
 @pytest.mark.parametrize("fine", [0, 3])
 def test_mixed_styles_are_the_weighted_sum_of_their_logits(fine):
     model = shaken(build_model("fast_attention_unet", width=4, deepest=4, fine=fine, styles=3)).eval()
-    x, shares = image(2, 3, 24, 16), [0.5, 0.0, 0.25]
+    x, shares = image(2, 3, 24, 16), [[0.5, 0.0, 0.25], [0.0, 1.0, 0.0]]
     with torch.no_grad():
         every = model(x)
         model.mix_styles(shares)
         mixed = model(x)
-    assert every.shape == (2, 3, 24, 16) and mixed.shape == (2, 1, 24, 16)
+    assert every.shape == (2, 3, 24, 16) and mixed.shape == (2, 2, 24, 16)
+    assert torch.allclose(mixed[:, 1], every[:, 1], atol=1e-5)
     assert torch.allclose(mixed[:, 0], 0.5 * every[:, 0] + 0.25 * every[:, 2], atol=1e-5) and mixed.std() > 1e-3
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from retina_seg.checkpoint import save_model
 from retina_seg.fov import find_discs, find_fov
 from retina_seg.inference.segmenter import Segmenter, tiled
-from retina_seg.model import FastAttentionUNet, attention_unet
+from retina_seg.model import FastAttentionUNet, attention_unet, build_model
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.transforms import FovFrame, ResizeFrame
 from retina_seg.utils import UserError
@@ -233,3 +233,20 @@ def test_vessels_are_cut_at_the_threshold():
     for option, value in (("threshold", 1.0), ("working_size", 31)):
         with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}"):
             dark_segmenter(**{option: value})
+
+
+def test_the_automatic_style_goes_by_the_diameter_of_the_field_of_view(tmp_path):
+    torch.manual_seed(0)
+    arguments = {"width": 4, "deepest": 4, "fine": 4, "styles": 2}
+    model, frame = build_model("fast_attention_unet", **arguments), FovFrame(64.0).to_dict()
+    styles = {"fine": [1.0, 0.0], "bold": [0.0, 1.0], "balanced": [0.5, 0.5]}
+    save_model(tmp_path / "w.pth", model, "fast_attention_unet", arguments, frame=frame, styles=styles, style="auto")
+    load, image = Segmenter.load, np.full((840, 840, 3), 90, np.uint8)
+    for side, style in ((780, "fine"), (820, "balanced")):
+        fov = np.zeros((840, 840), bool)
+        fov[10 : 10 + side, 10 : 10 + side] = True  # its diameter is the side of its box
+        results = {
+            name: load(tmp_path / "w.pth", style=name)(image, fov) for name in (None, "auto", "fine", "balanced")
+        }
+        assert np.array_equal(results[None], results["auto"])
+        assert [n for n in ("fine", "balanced") if np.abs(results[n] - results["auto"]).max() < 1e-6] == [style]

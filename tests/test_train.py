@@ -220,7 +220,7 @@ def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     fit(dataclasses.replace(config, **chosen, output=str(tmp_path / "chosen")), progress=False)
     notes = load_checkpoint(tmp_path / "chosen" / "checkpoint.pth")  # with all its channels
     assert notes["threshold_from"] == "validation" and len(notes["state_dict"]["fine.1.bias"]) == 2
-    with pytest.raises(UserError, match="--style thin: choose one of balanced, fine, bold, all, tiny"):
+    with pytest.raises(UserError, match="--style thin: choose one of auto, balanced, fine, bold, all, tiny"):
         fit(dataclasses.replace(config, style="thin", output=str(tmp_path / "other")), progress=False)
 
 

@@ -17,6 +17,7 @@ from retina_seg import __version__
 from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.inference.segmenter import Segmenter, image_batch
 from retina_seg.sets.synthetic import synthetic_image
+from retina_seg.styles import AUTO
 from retina_seg.transforms import NORMAL_MEAN, NORMAL_SPREAD, ResizeFrame
 from retina_seg.utils import UserError, atomic_write, output_folder, user_path
 
@@ -28,16 +29,19 @@ CHECKED_SIZES = ((1, 16, 24), (2, 31, 17), (1, 50, 62))  # images, their height 
 def export(weights: str | Path, output: str | Path, style: str | None = None) -> float:
     """Write a network to the ONNX file `output`, whole or not at all; a file of that name is replaced.
 
-    `weights` are a pretrained name, a checkpoint file or a run's folder; `style` as in `Segmenter.load`. Returns the
-    largest difference in probability between onnxruntime and torch, on synthetic images of `CHECKED_SIZES`. Raises
-    `UserError`: weights that do not load, no such style, NaN, a file that is unwritable or not .onnx, missing packages, a
-    difference that is too large.
+    `weights` are a pretrained name, a checkpoint file or a run's folder; `style` is as in `Segmenter.load`, "balanced" in
+    place of "auto". Returns the largest difference in probability between onnxruntime and torch, on synthetic images of
+    `CHECKED_SIZES`. Raises `UserError`: weights that do not load, no such style, NaN, a file that is unwritable or not
+    .onnx, missing packages, a difference that is too large.
     """
     checkpoint, output = find_weights(weights), user_path(output)
+    notes = load_checkpoint(checkpoint)
+    style = style or notes.get("style")
+    style = "balanced" if style == AUTO else style  # a file has one style
     segmenter = Segmenter.load(checkpoint, style=style, device="cpu", precision="float32")
-    values, notes = metadata(segmenter, weights_id(checkpoint)), load_checkpoint(checkpoint)
+    values = metadata(segmenter, weights_id(checkpoint))
     if styles := notes.get("styles"):
-        values |= {"style": style or notes["style"], "styles": ", ".join(styles)}
+        values |= {"style": str(style), "styles": ", ".join(styles)}
     if output.suffix.lower() != ".onnx":  # so that no image or checkpoint is replaced by mistake
         raise UserError(f"--output {output}: must end in .onnx")
     if output.is_dir():

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retina_seg.checkpoint import find_weights, load_model
+from retina_seg.checkpoint import find_weights, load_checkpoint, load_model
 from retina_seg.device import choose_device, choose_precision
-from retina_seg.fov import LARGEST_SIDE, find_discs
+from retina_seg.fov import LARGEST_SIDE, find_discs, fov_diameter
 from retina_seg.inference.engine import inference_network
 from retina_seg.model import DEFAULT_STRIDE, AttentionUNet, FastAttentionUNet, count_parameters
+from retina_seg.styles import AUTO, AUTO_STYLES, auto_style
 from retina_seg.transforms import FovFrame, Frame, ResizeFrame, frame_from_dict, pad_to_stride
 from retina_seg.utils import UserError
 
@@ -65,6 +66,7 @@ class Segmenter:
         frame = frame or ResizeFrame()
         self.frame = frame if working_size is None else frame.with_size(working_size)
         self.threshold, self.tta, self.tile, self.model = threshold, tta, tile, model
+        self.style: str | None = None  # of labelling; with "auto" the network has an output for each of its two
         self._precision, self._lock = precision, threading.Lock()
         self.to(device)
 
@@ -99,13 +101,14 @@ class Segmenter:
 
         Args:
             threshold: overrides the checkpoint's.
-            style: of labelling, a name in the checkpoint's "styles"; None: its default.
+            style: of labelling, a name in the checkpoint's "styles", or "auto": by the image's size (`styles.auto_style`);
+                None: the checkpoint's.
             options: the class's other arguments.
 
         Raises `UserError`: no such checkpoint, or one that does not load (`checkpoint.load_model`).
         """
         path = find_weights(name)
-        model, notes = load_model(path, style)
+        model, notes = load_model(path, style or load_checkpoint(path).get("style"))
         frame, own = notes.get("frame"), notes.get("threshold", 0.5)
         try:
             frame = frame_from_dict(frame) if frame else None
@@ -113,7 +116,9 @@ class Segmenter:
             raise UserError(f"{path}: its {error}") from None
         if not isinstance(own, (int, float)) or not 0 < own < 1:
             raise UserError(f"{path}: its threshold {str(own)[:80]} does not lie between 0 and 1")
-        return cls(model, frame, own if threshold is None else threshold, **options)
+        segmenter = cls(model, frame, own if threshold is None else threshold, **options)
+        segmenter.style = notes.get("style")
+        return segmenter
 
     @overload
     def __call__(self, image: list, fov: None = None, everywhere: bool = False) -> list[np.ndarray]: ...
@@ -164,41 +169,41 @@ class Segmenter:
         if fov.shape != shape or fov.dtype != bool:
             raise ValueError(f"fov must be bool of shape {shape}, got {fov.dtype} {fov.shape}")
         placement = self.frame.place(fov)
-        result = placement.leave(self._logits(placement.enter(image)), shape, outside)
+        output = auto_style(fov_diameter(fov)) if self.style == AUTO else 0
+        result = placement.leave(self._logits(placement.enter(image), output), shape, outside)
         if not everywhere:
             result[~fov] = outside or 0
         return result
 
-    def _logits(self, image: np.ndarray) -> np.ndarray:
-        """The logits (h, w) float32 of an image (h, w, 3) in the frame; with TTA their mean over 8 orientations."""
-        network = self.network
+    def _logits(self, image: np.ndarray, output: int) -> np.ndarray:
+        """An output's logits (h, w) float32 of an image (h, w, 3) in the frame; with TTA their mean over 8 orientations."""
+        forward = partial(self._forward, self.network, output)
         if not self.tta:
-            return self._padded(image, network)
+            return self._padded(image, forward)
         total = np.zeros(image.shape[:2], np.float32)
         for quarters in range(4):
             for step in (1, -1):  # -1: mirrored
-                logits = self._padded(np.ascontiguousarray(np.rot90(image, quarters)[:, ::step]), network)
+                logits = self._padded(np.ascontiguousarray(np.rot90(image, quarters)[:, ::step]), forward)
                 total += np.rot90(logits[:, ::step], -quarters)
         return total / 8
 
-    def _padded(self, image: np.ndarray, network: nn.Module) -> np.ndarray:
+    def _padded(self, image: np.ndarray, forward: Callable[..., np.ndarray]) -> np.ndarray:
         """The logits of an image of any size: padded to the network's stride, and in tiles where it is large."""
         stride, halo = getattr(self.model, "stride", DEFAULT_STRIDE), getattr(self.model, "receptive_field", None)
         padded, inside = pad_to_stride(image, stride, self.frame.margin)
-        forward = partial(self._forward, network)
         if halo is None or max(padded.shape[:2]) <= self.tile:
             return forward(padded)[inside]
         return tiled(forward, padded, self.tile, math.ceil(halo / stride) * stride, stride)[inside]
 
     @torch.inference_mode()
-    def _forward(self, network: nn.Module, image: np.ndarray) -> np.ndarray:
-        """The network's logits (h, w) float32, clamped, for (h, w, 3) uint8 RGB with sides that are multiples of its stride."""
+    def _forward(self, network: nn.Module, output: int, image: np.ndarray) -> np.ndarray:
+        """An output's logits (h, w) float32, clamped, for (h, w, 3) uint8 RGB with sides that are multiples of the stride."""
         logits = network(image_batch(image, self.device).to(self.precision))
-        if logits.shape[:2] != (1, 1) or logits.shape[2:] != image.shape[:2]:
-            raise UserError(
-                f"the network gives {tuple(logits.shape)} for an image of {image.shape[:2]}: logits (N, 1, H, W)?"
-            )
-        logits = logits.float().clamp_(-MAX_LOGIT, MAX_LOGIT)[0, 0].cpu().numpy()
+        outputs = len(AUTO_STYLES) if self.style == AUTO else 1
+        if logits.shape != (1, outputs, *image.shape[:2]):
+            shapes = f"{tuple(logits.shape)} instead of (1, {outputs}, {image.shape[0]}, {image.shape[1]})"
+            raise UserError(f"the network gives {shapes}; it has to give logits (N, 1, H, W) for images (N, 3, H, W)")
+        logits = logits[0, output].float().clamp_(-MAX_LOGIT, MAX_LOGIT).cpu().numpy()
         if np.isnan(logits).any():
             raise UserError("the network's output is NaN; choose other weights")
         return logits
