@@ -240,6 +240,7 @@ def _run(options: argparse.Namespace) -> None:
     from retina_seg.test import original_lines, table, test
     from retina_seg.train import fit
 
+    TrainConfig.from_preset(options.preset or "fast", **_given(options)).check()  # before a set is written
     folder, synthetic = data_or_synthetic(options.data)
     if synthetic:
         _say(f"{options.data} holds no images yet: using synthetic ones in {folder} (Data1/README.md: real ones)")
@@ -272,7 +273,9 @@ def _train(options: argparse.Namespace) -> None:
     if len(changes.get("data", [])) == 1:
         changes["data"] = changes["data"][0]
     if options.resume:
-        config = TrainConfig.from_json(Path(options.resume) / "config.json")
+        if not (path := Path(options.resume, "config.json")).exists():
+            raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
+        config = TrainConfig.from_json(path)
         # how it is computed may change with the machine, what is computed may not
         if other := [name for name in changes if name not in ("device", "workers")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)

@@ -127,7 +127,9 @@ def test(
     what["style"] = options.get("style") or notes.get("style")
     there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what
     if other := [key for key, value in what.items() if not isinstance(there, dict) or there.get(key, "none") != value]:
-        raise UserError(f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)}); choose another --output")
+        raise UserError(
+            f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)} differ); choose another --output"
+        )
     for line in check_masks(pairs):
         tqdm.write(line)
     images = folder / "images" if pictures else None
@@ -168,7 +170,7 @@ def default_output(
 def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
     """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
     path = user_path(run) / "config.json"
-    names = read_json(path).get("validation")
+    names = read_json(path).get("validation") if path.exists() else None
     if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
         raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
     pairs = [pair for pair in list_pairs(data, "train") if pair.name in names]
