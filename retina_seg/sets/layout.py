@@ -15,7 +15,7 @@ import numpy as np
 
 from retina_seg.fov import find_fov
 from retina_seg.images import list_images, read_grey, read_image, read_mask
-from retina_seg.utils import UserError, read_csv
+from retina_seg.utils import UserError, read_csv, user_path
 
 PARTS = ("train", "test")
 KINDS = ("image", "mask", "fov", "mask_2nd")
@@ -48,7 +48,7 @@ def find_set(data: str | Path) -> Path:
 
     Raises `UserError`: no such folder, none in this layout, or several.
     """
-    data = Path(data)
+    data = user_path(data)
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; Data1/README.md says how to get the images")
     level = [data]

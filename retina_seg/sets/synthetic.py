@@ -21,7 +21,7 @@ from tqdm import tqdm
 from retina_seg.images import list_images, write_image
 from retina_seg.sets import atomic_folder
 from retina_seg.sets.layout import find_set
-from retina_seg.utils import UserError, create_dir, write_csv
+from retina_seg.utils import UserError, create_dir, user_path, write_csv
 
 SYNTHETIC_SET = Path("results/synthetic-data")
 MIN_SIZE, MAX_SIZE = 64, 8192  # px; below not even the main arcades fit, above the memory may not
@@ -91,13 +91,13 @@ def write_set(
     first = seed * 2 * TEST_SEEDS
     jobs = [("train", i, first + i) for i in range(train)] + [("test", i, first + TEST_SEEDS + i) for i in range(test)]
     rows = []
-    with atomic_folder(Path(destination)) as folder:
+    with atomic_folder(destination := user_path(destination)) as folder:
         for part, i, image_seed in tqdm(jobs, desc="synthetic images", unit="image", disable=not progress):
             for kind, pixels in vars(synthetic_image(image_seed, *size)).items():
                 write_image(create_dir(folder / part / kind) / f"{i}.png", pixels)
             rows.append({"part": part, "name": i, "photo": i, "variant": 0, "source": f"synthetic seed {image_seed}"})
         write_csv(folder / "photos.csv", ("part", "name", "photo", "variant", "source"), rows)
-    return Path(destination)
+    return destination
 
 
 def data_or_synthetic(
@@ -109,7 +109,7 @@ def data_or_synthetic(
 
     Raises `UserError`: `data` holds images, but not in the layout; `fallback` holds something else or cannot be written.
     """
-    data, fallback = Path(data), Path(fallback)
+    data, fallback = user_path(data), user_path(fallback)
     if data.exists() and not data.is_dir():
         raise UserError(f"{data}: is a file, not a folder of images")
     if any(list_images(folder) for folder in [data, *data.rglob("*/")] if folder.is_dir()):
