@@ -201,7 +201,7 @@ NETWORK_NAMES = ("working_size", "tta", "style", "device", "precision")
     AUTO,
 )
 def _predict(options: argparse.Namespace) -> int:
-    from retina_seg.checkpoint import find_weights, weights_id
+    from retina_seg.checkpoint import find_weights, remarks, weights_id
     from retina_seg.distributed import process_group
     from retina_seg.inference.batch import DONE, predict_images
     from retina_seg.inference.segmenter import Segmenter
@@ -215,6 +215,7 @@ def _predict(options: argparse.Namespace) -> int:
         rows = predict_images(segmenter, options.images, options.output, options.overwrite, weights, world=world)
     if not world.is_main:
         return 0
+    _say(*remarks(path))
     failed = [row for row in rows if row["status"] != DONE]
     for row in failed:
         _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
