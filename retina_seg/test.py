@@ -127,9 +127,7 @@ def test(
     what["style"] = options.get("style") or notes.get("style")
     there = read_json(folder / "metrics.json").get("protocol") if (folder / "metrics.json").exists() else what
     if other := [key for key, value in what.items() if not isinstance(there, dict) or there.get(key, "none") != value]:
-        raise UserError(
-            f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)} differ); choose another --output"
-        )
+        raise UserError(f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)}); choose another --output")
     for line in check_masks(pairs):
         tqdm.write(line)
     images = folder / "images" if pictures else None

@@ -208,20 +208,14 @@ for kind, command, where, damage in (
     works(kind, command, damaged(command, where, damage))
 
 
-def from_home(command):
-    """Makes a command's arguments with every path below the home folder, written with ~."""
-
-    def make(desk):
-        desk.monkeypatch.setenv("HOME", str(desk.folder))
-        folder = {"predict": desk.images, "prepare": desk.raw}.get(command, desk.set)()
-        arguments = desk.command(command, None if command in ("compare", "synth") else folder)
-        return [str(argument).replace(str(desk.folder), "~") for argument in arguments]
-
-    return make
+def from_home(make):
+    """Makes the arguments of `make` with every path below the home folder, written with ~."""
+    place = lambda desk: desk.monkeypatch.setenv("HOME", str(desk.folder)) or str(desk.folder)  # noqa: E731
+    return lambda desk: [str(argument).replace(place(desk), "~") for argument in make(desk)]
 
 
-for command in ("check", "train", "test", "predict", "prepare", "compare", "synth"):
-    works("paths with ~", command, from_home(command))
+for command in ("check", "train", "test", "predict", "prepare", "synth"):
+    works("paths with ~", command, from_home(damaged(command, "", lambda path: None)))
 
 # --------------------------------------------------------------------------------------------------- inputs and outputs
 
@@ -275,6 +269,18 @@ for kind, commands, make, line in (
     ("data of numbers", (RESUME,), lambda d: d.run(data=[5]), "odd/config.json: data"),
     ("an unknown entry", (RESUME,), lambda d: d.run(tomorrow=1), "odd/config.json: .*tomorrow"),
     ("no scores", ("compare",), lambda d: d.scores("odd", images=[{"name": "1"}]), "odd/metrics.json: holds no scores"),
+    (
+        "an empty folder, no scores",
+        ("compare",),
+        lambda d: made(d.odd),
+        "odd/metrics.json: holds no scores; write them",
+    ),
+    (
+        "code to resume from",
+        (RESUME,),
+        lambda d: written(d.run() / "last.pth", Bomb(str(d.odd / "x"))).parent,
+        "safely",
+    ),
     ("no held-out images", ("threshold",), lambda d: d.run(), "odd/config.json: held out no"),
 ):
     for command in commands:
