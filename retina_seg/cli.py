@@ -229,6 +229,7 @@ def _predict(options: argparse.Namespace) -> int:
     from retina_seg.distributed import process_group
     from retina_seg.inference.batch import DONE, predict_images
     from retina_seg.inference.segmenter import Segmenter
+    from retina_seg.runs import remarks
 
     path = find_weights(options.weights)
     choices = _given(options, "threshold", "working_size", "tta", "style")
@@ -239,6 +240,7 @@ def _predict(options: argparse.Namespace) -> int:
         rows = predict_images(segmenter, options.images, options.output, options.overwrite, weights, world=world)
     if not world.is_main:
         return 0
+    _say(*remarks(path))
     failed = [row for row in rows if row["status"] != DONE]
     for row in failed:
         _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
@@ -265,6 +267,7 @@ def _run(options: argparse.Namespace) -> None:
     from retina_seg.test import original_lines, table, test
     from retina_seg.train import fit
 
+    TrainConfig.from_preset(options.preset or "fast", **_given(options)).check()  # before a set is written
     folder, synthetic = data_or_synthetic(data := _data(options))
     if synthetic:
         _say(f"{data} holds no images yet: using synthetic ones in {folder} (real ones: --data, or retina-seg prepare)")
@@ -300,7 +303,9 @@ def _train(options: argparse.Namespace) -> None:
     if data := _data(options, default=None):
         changes["data"] = data[0] if isinstance(data, list) and len(data) == 1 else data
     if options.resume:
-        config = TrainConfig.from_json(Path(options.resume) / "config.json")
+        if not (path := Path(options.resume, "config.json")).exists():
+            raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
+        config = TrainConfig.from_json(path)
         # how it is computed may change with the machine, what is computed may not
         if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)

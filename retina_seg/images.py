@@ -16,7 +16,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageOps
 
-from retina_seg.utils import UserError, atomic_write, natural_sort
+from retina_seg.utils import UserError, atomic_write, natural_sort, user_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp")
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
@@ -33,7 +33,7 @@ _REASONS = {
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The decoder of `path` with its header read and its size checked; anything it raises becomes a `UserError`."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
     try:
@@ -123,7 +123,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 def visible(folder: str | Path) -> list[Path]:
     """What is in `folder`, hidden names left out, in order of name. Raises `UserError`: it cannot be listed."""
     try:
-        return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+        return sorted(path for path in user_path(folder).iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); give a folder that you may read") from None
 

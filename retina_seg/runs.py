@@ -96,7 +96,7 @@ def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
 def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
     """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
     path = user_path(run) / "config.json"
-    names = read_json(path).get("validation")
+    names = read_json(path).get("validation") if path.exists() else None
     if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
         raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
     pairs = [pair for pair in list_pairs(data, "train") if pair.name in names]

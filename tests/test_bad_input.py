@@ -207,6 +207,16 @@ for kind, command, where, damage in (
 ):
     works(kind, command, damaged(command, where, damage))
 
+
+def from_home(make):
+    """Makes the arguments of `make` with every path below the home folder, written with ~."""
+    place = lambda desk: desk.monkeypatch.setenv("HOME", str(desk.folder)) or str(desk.folder)  # noqa: E731
+    return lambda desk: [str(argument).replace(place(desk), "~") for argument in make(desk)]
+
+
+for command in ("check", "train", "test", "predict", "prepare", "synth"):
+    works("paths with ~", command, from_home(damaged(command, "", lambda path: None)))
+
 # --------------------------------------------------------------------------------------------------- inputs and outputs
 
 
@@ -259,6 +269,18 @@ for kind, commands, make, line in (
     ("data of numbers", (RESUME,), lambda d: d.run(data=[5]), "odd/config.json: data"),
     ("an unknown entry", (RESUME,), lambda d: d.run(tomorrow=1), "odd/config.json: .*tomorrow"),
     ("no scores", ("compare",), lambda d: d.scores("odd", images=[{"name": "1"}]), "odd/metrics.json: holds no scores"),
+    (
+        "an empty folder, no scores",
+        ("compare",),
+        lambda d: made(d.odd),
+        "odd/metrics.json: holds no scores; write them",
+    ),
+    (
+        "code to resume from",
+        (RESUME,),
+        lambda d: written(d.run() / "last.pth", Bomb(str(d.odd / "x"))).parent,
+        "safely",
+    ),
     ("no held-out images", ("threshold",), lambda d: d.run(), "odd/config.json: held out no"),
 ):
     for command in commands:
@@ -422,7 +444,7 @@ def test_bad_input_is_one_line_that_names_it(make, said, status, leaves, desk, c
 @pytest.mark.parametrize(("make", "said"), WORKS)
 def test_what_only_looks_bad_is_taken(make, said, desk, capsys):
     assert call(make(desk)) == 0
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().out and not Path("~").exists()
 
 
 def test_a_process_of_its_own_says_the_same(desk):

@@ -5,7 +5,7 @@ import pytest
 
 from retina_seg.analysis.compare import compare, paired_differences
 from retina_seg.metrics import SCORES
-from retina_seg.utils import UserError, read_csv, write_json
+from retina_seg.utils import read_csv, write_json
 
 
 def scores(f1: list[float | None], size: str = "512x512", names=None) -> dict:
@@ -46,18 +46,3 @@ def test_compare_writes_table_and_figure(tmp_path):
     rows = read_csv(tmp_path / "out/comparison.csv", ["run", "protocol", "region", "statistic", *SCORES])
     assert len(rows) == 2 * 2 * 3 and rows[0]["run"] == "old" and float(rows[0]["f1"]) == pytest.approx(0.55)
     assert {row["statistic"] for row in rows} == {"mean", "std", "pooled"}
-
-
-@pytest.mark.parametrize("content", [None, "[]", "{}", "not json", '{"frame": 1}'])
-def test_a_run_without_scores_is_named(tmp_path, content):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "metrics.json", scores([0.5]))
-    (tmp_path / "b/metrics.json").write_text(content or "")
-    if content is None:
-        (tmp_path / "b/metrics.json").unlink()
-    with pytest.raises(UserError, match="b/metrics.json: "):
-        compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    with pytest.raises(UserError, match="two runs"):
-        compare([tmp_path / "a"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
 from retina_seg.sets.files import KINDS
-from retina_seg.utils import UserError, create_dir, natural_key, write_csv
+from retina_seg.utils import UserError, create_dir, natural_key, user_path, write_csv
 
 SIZE = 512  # the side the original resizes everything to
 MAX_ANGLE = 45.0  # the original's Rotate(limit=45)
@@ -302,8 +302,8 @@ def prepare_set(
     side = None if text == "native" else int(text)
     if split not in SPLITS:
         raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
+    source, destination = user_path(source), user_path(destination)
     images = list_raw(raw, source)
-    destination = Path(destination)
     # `resolve` raises where a link leads in a circle
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise UserError(f"{destination}: lies inside the raw images {source}; choose a folder elsewhere")

@@ -91,13 +91,13 @@ def write_set(
     first = seed * 2 * TEST_SEEDS
     jobs = [("train", i, first + i) for i in range(train)] + [("test", i, first + TEST_SEEDS + i) for i in range(test)]
     rows = []
-    with atomic_folder(Path(destination)) as folder:
+    with atomic_folder(destination := user_path(destination)) as folder:
         for part, i, image_seed in tqdm(jobs, desc="synthetic images", unit="image", disable=not progress):
             for kind, pixels in vars(synthetic_image(image_seed, *size)).items():
                 write_image(create_dir(folder / part / kind) / f"{i}.png", pixels)
             rows.append({"part": part, "name": i, "photo": i, "variant": 0, "source": f"synthetic seed {image_seed}"})
         write_csv(folder / "photos.csv", ("part", "name", "photo", "variant", "source"), rows)
-    return Path(destination)
+    return destination
 
 
 def data_or_synthetic(
@@ -109,7 +109,7 @@ def data_or_synthetic(
 
     Raises `UserError`: `data` holds images, but not in the layout; `fallback` holds something else or cannot be written.
     """
-    fallback = Path(fallback)
+    fallback = user_path(fallback)
     if isinstance(data, dict) or (top := user_path(data)).is_file():
         return find_set(data), False
     if any(list_images(folder) for folder in [top, *top.rglob("*/")] if folder.is_dir()):
