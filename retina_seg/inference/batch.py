@@ -1,8 +1,8 @@
 """Many images on disk -> vessel maps on disk; one bad file never stops the rest.
 
 The output folder mirrors the input's: `in/a/b.png` becomes, at its own size and upright, `out/a/b_probability.png`
-(16 bits, 65,535 is probability 1), `out/a/b_vessels.png` (0/255), `out/a/b_overlay.png`, `out/a/b_fov.png` (0/255) where
-asked for, and a row of `out/summary.csv` and `out/summary.json`.
+(16 bits, 65,535 is probability 1), `out/a/b_vessels.png` and, where asked for, `out/a/b_fov.png` (0/255),
+`out/a/b_overlay.png`, and a row of `out/summary.csv` and `out/summary.json`.
 
 Each process appends its rows to `.summary.<rank>.csv`, image by image. Rank 0 merges them at the end; after a kill, the
 next call does. Several processes need an output folder that all of them see.
@@ -75,13 +75,11 @@ def predict_images(
         passed: takes up in words what was passed over in folders.
         world: the processes that share the images; each calls this.
 
-    Returns:
-        On rank 0 the images' rows as in summary.csv, with "skipped": whether it had been done before; else nothing.
-        "status" is `DONE`, or why the image could not be segmented.
+    Returns, on rank 0, the images' rows as in summary.csv, with "skipped": whether it had been done before. "status" is
+    `DONE`, or why the image could not be segmented.
 
-    Raises:
-        UserError: no image, two of one name, a file that is not ours in the way, an output of other weights or options,
-            an option out of its range, a folder not to be written to, a full disk.
+    Raises `UserError`: no image, two of one name, a file that is not ours in the way, an output of other weights or options,
+    an option out of its range, a folder not to be written to, a full disk.
     """
     output, inputs = user_path(output), [inputs] if isinstance(inputs, (str, Path)) else inputs
     saves = [name.strip() for name in save.split(",")]
@@ -89,8 +87,10 @@ def predict_images(
         raise UserError(f"--save {unknown[0]!r}: choose from {','.join(SAVES)}")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
-    if made_with is None:
-        made_with = _checksum(segmenter) if segmenter else ""
+    if made_with is None and segmenter:
+        weights = b"".join(value.cpu().float().numpy().tobytes() for value in segmenter.model.state_dict().values())
+        options = f"{segmenter.frame} threshold={segmenter.threshold} tta={segmenter.tta}"
+        made_with = f"{hashlib.sha256(weights).hexdigest()[:12]} {options}"
     summary = _read_rows(output)
     images = find_images(inputs, output, summary, [] if passed is None else passed)
     begun = {}
@@ -104,8 +104,8 @@ def predict_images(
             begun[key] = row | {"status": INTERRUPTED}
     made = {row["made_with"] for row in summary.values() if row["status"] in (DONE, INTERRUPTED)} - {made_with}
     if made and not overwrite:
-        remedy = "segment again with --overwrite, or choose another --output"
-        raise UserError(f"{output}: holds maps made with {made.pop()}, not with {made_with}; {remedy}")
+        other = f"{output}: holds maps made with {made.pop()}, not with {made_with}"
+        raise UserError(f"{other}; segment again with --overwrite, or choose another --output")
     if segmenter is None:
         return [{**(begun.get(key) or summary[key]), "skipped": key not in begun} for key in images]
     world.barrier()  # all processes have decided, the same, before any of them writes
@@ -116,9 +116,9 @@ def predict_images(
     large_turn = threading.Lock()
 
     def segment(row: dict[str, Any]) -> dict[str, Any]:
-        if "size" not in row:  # what is there is of another image or other settings
-            for file in filter(os.path.lexists, _files(output, row["name"])):
-                os.unlink(file)
+        old = () if "size" in row else _files(output, row["name"])  # of another image or other settings
+        for file in filter(os.path.lexists, old):
+            os.unlink(file)
         files = dict(zip(saves, _files(output, row["name"], saves), strict=True))
         return row | _segment(segmenter, images[row["input"]][0], files, large_turn)
 
@@ -136,17 +136,8 @@ def predict_images(
         if world.size == 1:
             _merge(output)
     world.barrier()
-    if not world.is_main:
-        return []
-    summary = _merge(output)
-    return [{**summary[key], "skipped": key not in begun} for key in images]
-
-
-def _checksum(segmenter: Segmenter) -> str:
-    """A text that tells weights and options of `segmenter` from others."""
-    weights = [value.cpu().float().numpy().tobytes() for value in segmenter.model.state_dict().values()]
-    options = f"{segmenter.frame} threshold={segmenter.threshold}{' tta' * segmenter.tta}"
-    return f"{type(segmenter.model).__name__} {hashlib.sha256(b''.join(weights)).hexdigest()[:12]} {options}"
+    summary = _merge(output) if world.is_main else {}
+    return [{**summary[key], "skipped": key not in begun} for key in images if summary]
 
 
 def find_images(inputs: Sequence[str | Path], output: Path, summary: Rows, passed: list[str]) -> Images:
@@ -155,14 +146,14 @@ def find_images(inputs: Sequence[str | Path], output: Path, summary: Rows, passe
     Left out are hidden files, links to folders, an `output` below an input, summaries, and the files of images in
     `summary`. Raises `UserError`: an input that is not there, a folder that cannot be listed, no image at all.
     """
-    root, errors, found, others = output.resolve(), list[OSError](), Images(), Images()
+    root, errors, found, others = os.path.realpath(output), list[OSError](), Images(), Images()
     for item, place in _expand(inputs):
         if not item.is_dir():
             found.setdefault(os.path.realpath(item), (item, place))
             continue
         for folder, below, names in os.walk(item, onerror=errors.append):
             here = Path(folder)
-            below[:] = [n for n in natural_sort(below) if not n.startswith(".") and (here / n).resolve() != root]
+            below[:] = [n for n in natural_sort(below) if n[0] != "." and os.path.realpath(here / n) != root]
             for path in (here / n for n in natural_sort(names) if n[0] != "." and n not in SUMMARIES):
                 # only a file is opened, not a pipe, say, which would be waited for
                 wanted = is_image(path) if path.is_file() else path.suffix.lower() in IMAGE_SUFFIXES
@@ -170,18 +161,18 @@ def find_images(inputs: Sequence[str | Path], output: Path, summary: Rows, passe
                 kept.setdefault(os.path.realpath(path), (path, place / path.relative_to(item)))
     if errors:
         raise UserError(f"{errors[0].filename}: cannot be listed ({errors[0].strerror}); check its permissions")
-    ours = {str(file) for row in summary.values() for file in _files(root, row["name"])}
+    ours = {str(file) for row in summary.values() for file in _files(Path(root), row["name"])}
     images = {key: one for key, one in found.items() if key not in ours}
-    endings = Counter(others[key][0].suffix.lower() or "without ending" for key in others.keys() - found.keys())
-    counts = [f"{count} {ending}" for ending, count in sorted(endings.items(), key=lambda item: (-item[1], item[0]))]
-    passed += [f"; passed over: {', '.join(counts)}"] if counts else []
+    kinds = sorted(others[key][0].suffix.lower() or "without ending" for key in others.keys() - found.keys())
+    counts = Counter(kinds).most_common()
+    passed += [f"; passed over: {', '.join(f'{count} {kind}' for kind, count in counts)}"] if counts else []
     if not images:
         raise UserError(f"no images found in {', '.join(map(str, inputs))}{''.join(passed)}; give png, jpg or tif")
     return images
 
 
 def _expand(inputs: Sequence[str | Path]) -> list[tuple[Path, Path]]:
-    """The files and folders among `inputs`, also those that lists name, each with its place below the output."""
+    """The files and folders among `inputs`, and in lists among them, each with its place below the output."""
     found = []
     for item in map(user_path, inputs):
         if not os.path.lexists(item):
@@ -223,7 +214,7 @@ def _read_list(path: Path) -> list[Path]:
         entry = "".join(row[column : column + 1]).strip().strip('"')
         paths.append(path.parent / user_path(entry))
         if not entry or not os.path.lexists(paths[-1]):
-            raise UserError(f"{path}, line {number}: {entry or 'no path'}: no such file or folder; mend the list")
+            raise UserError(f"{path}, line {number}: {paths[-1] if entry else 'no path'}: no such file or folder")
     return paths
 
 
@@ -237,10 +228,9 @@ def _choose_names(images: Images, output: Path, summary: Rows) -> dict[str, str]
         new = plain[key] if uses[plain[key].casefold()] == 1 else place.as_posix()
         names[key] = name = summary[key]["name"] if key in summary else new
         if (other := owners.setdefault(name.casefold(), key)) != key:
-            raise UserError(
-                f"{path} and {other}: both would be {output / name}_*; give the folder of both, or two --output"
-            )
-        files = [*_files(output, name), *[output / "summary.json"] * (not summary)]
+            both = f"{path} and {other}: both would be {output / name}_*"
+            raise UserError(f"{both}; give the folder of both, or two --output")
+        files = _files(output, name) + [output / "summary.json"] * (not summary)
         if key not in summary and (others := [file for file in files if os.path.lexists(file)]):
             raise UserError(f"{others[0]}: is there already, and not of this command; choose another --output")
     return names
@@ -266,8 +256,8 @@ def _segment(segmenter: Segmenter, path: Path, files: dict[str, Path], large_tur
                 probability = segmenter(image, fov)
                 vessels = probability > segmenter.threshold
                 overlay = vessel_overlay(image, vessels) if "overlay" in files else image
-                np.rint(np.multiply(probability, 65535, out=probability), out=probability)
-                deep = probability.astype(np.uint16)
+                probability *= 65535
+                deep = np.rint(probability, out=probability).astype(np.uint16)
         except (UserError, RuntimeError, OSError, cv2.error) as error:
             return {"status": " ".join(str(error).removeprefix(f"{path}: ").split())}
         utils.create_dir(next(iter(files.values())).parent)
@@ -275,10 +265,10 @@ def _segment(segmenter: Segmenter, path: Path, files: dict[str, Path], large_tur
         for save, file in files.items():
             write_image(file, arrays[save])  # where this fails it would for all images, so it ends the work
     row = {"width": vessels.shape[1], "height": vessels.shape[0], "fov_diameter": 0, "remark": remark, "status": DONE}
+    row |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "seconds": f"{time.perf_counter() - start:.3f}"}
     if inside := np.count_nonzero(fov):
         row |= {"fov_diameter": round(fov_diameter(fov)), "vessel_percent": 100 * np.count_nonzero(vessels) / inside}
-    seconds = f"{time.perf_counter() - start:.3f}"
-    return {**row, "seconds": seconds, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return row
 
 
 def _read_rows(output: Path) -> Rows:
@@ -296,20 +286,18 @@ def _read_rows(output: Path) -> Rows:
 
 def _merge(output: Path) -> Rows:
     """Take the rows that processes have written, also those of a killed call, into the summaries; all its rows."""
+
+    def number(text: str) -> int | float | str | None:
+        with contextlib.suppress(ValueError):  # some spreadsheets write a decimal comma
+            return int(text) if text.isdecimal() else float(text.replace(",", "."))
+        return text or None
+
     summary, parts = _read_rows(output), list(output.glob(".summary.*.csv"))
     if parts:
         rows = sorted(summary.values(), key=lambda row: utils.natural_key(row["name"]))
         utils.write_csv(output / "summary.csv", COLUMNS, rows)
-        shown = [{name: _number(row[name]) if name in NUMBERS else row[name] for name in COLUMNS} for row in rows]
+        shown = [{name: number(row[name]) if name in NUMBERS else row[name] for name in COLUMNS} for row in rows]
         utils.write_json(output / "summary.json", shown)
     for part in parts:
         part.unlink()
     return summary
-
-
-def _number(text: str) -> int | float | str | None:
-    """The number that `text` is; None where it is empty."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text or None
