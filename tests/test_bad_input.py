@@ -404,11 +404,8 @@ def test_bad_input_is_one_line_that_names_it(make, said, status, leaves, desk, c
     assert {path: after.get(path) for path in before} == before
     for path in after.keys() - before.keys():
         assert re.fullmatch(leaves, path.name)
-        readers = {
-            ".json": lambda p: json.loads(p.read_text()),
-            ".png": read_image,
-            ".pth": lambda p: torch.load(p, weights_only=True),
-        }
+        readers = {".png": read_image, ".pth": lambda p: torch.load(p, weights_only=True)}
+        readers |= {".json": lambda p: json.loads(p.read_text())}
         readers.get(path.suffix, Path.read_bytes)(path)  # whole
 
 

@@ -84,8 +84,7 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
     drawn = (overlay != image).any(axis=2)
     assert drawn.any() and not drawn[vessels > 0].any() and (overlay[drawn] == OUTLINE).all()
     listed = json.loads((tmp_path / "out/summary.json").read_text())
-    assert [[str(row[name]) for name in COLUMNS] for row in listed] == [[*row.values()] for row in written]
-    assert all(type(row[name]) in (int, float) for row in listed for name in NUMBERS)
+    assert [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in written] == listed
 
 
 def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_path):
@@ -138,11 +137,9 @@ def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, 
         ("list.txt", "{images}/a.png\nbelow\na.png", {"a", "below/c"}),
         ("../list.lst", '"images/below/c.tif"\nother/c.png', {"images/below/c", "other/c"}),
         ("sub/list.csv", "id;Image;grade\n1;../a.png;0\n;;\n2;../b.jpg;1\n", {"a", "b"}),
-        ("list.csv", "file,grade\na.png,0\n", {"a"}),
-        ("list.tsv", "a.png\t0\nb.jpg\t1\n", {"a", "b"}),
+        ("list.tsv", "file\tgrade\na.png\t0\n", {"a"}),
         ("list.csv", 'path\n"b.jpg"\ngone.png\n', "list.csv, line 3: .*images/gone.png: no such file"),
         ("list.txt", "a.png\n\nb.png\n", "list.txt, line 3: .*images/b.png: no such file"),
-        ("list.csv", "image,grade\n,1\n", "list.csv, line 2: no path"),
         ("list.csv", "<html>", "list.csv: is an HTML page"),
         ("list.txt", "# nothing", "no images found in .*list.txt"),
     ],
@@ -278,14 +275,6 @@ def test_what_was_done_before_an_interruption_is_not_done_again(segmenter, image
     assert files(images).keys() >= outputs("a", "b", "below/c") and not (images / ".summary.0.csv").exists()
 
 
-def test_images_are_upright(segmenter, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by a quarter
-    Image.fromarray(synthetic_image(1, 64, 96).image).save(tmp_path / "rotated.jpg", exif=exif)
-    (row,) = run(segmenter, [tmp_path / "rotated.jpg"], tmp_path / "out")
-    assert (row["width"], row["height"]) == ("64", "96")
-
-
 @pytest.mark.parametrize(
     ("inputs", "taken", "said"),
     [
@@ -327,13 +316,3 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     rows = read_csv(tmp_path / "out/summary.csv", COLUMNS)
     assert {row["made_with"] for row in rows if row["status"] == DONE} == {f"{tiny} threshold=0.4 tta"}
     assert [row["remark"] for row in rows] == ["page 2 of 2", "", "", ""]
-
-
-@pytest.mark.parametrize("mistake", [("--save", "masks,maps"), ("--save", ""), ("--jobs", "0"), ("--style", "thin")])
-def test_a_refused_call_leaves_no_output_folder(images, tmp_path, styled, capsys, mistake):
-    arguments = ["predict", str(images), "--output", str(tmp_path / "out"), "--weights", str(styled)]
-    assert cli.main([*arguments, *mistake]) == 2 and mistake[0].strip("-") in capsys.readouterr().err
-    for inputs in ("empty", "nowhere"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        assert cli.main(["predict", str(tmp_path / inputs), *arguments[2:]]) == 2
-    assert not (tmp_path / "out").exists()

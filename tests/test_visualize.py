@@ -138,14 +138,6 @@ def test_ranking_curves_have_a_line_a_region_with_its_scores():
     assert (np.diff(x) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(area)
 
 
-def test_figures_leave_matplotlibs_global_state_alone():
-    from matplotlib import pyplot
-
-    before = pyplot.get_fignums()
-    figure, axes = visualize.new_figure(3)
-    assert len(axes) == len(figure.axes) == 3 and pyplot.get_fignums() == before
-
-
 def test_a_line_chart_has_a_line_a_name_with_its_own_x_values_and_upright_marks():
     lines = {"one": ([0.5, 1.0], [0.2, 0.4]), "two": (range(40), range(40))}
     (axis,) = visualize.line_chart(lines, "minutes", "F1", {"a": 0.3, "b": 0.4}, ylim=(0, 1), title="title").axes
