@@ -84,7 +84,7 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
     drawn = (overlay != image).any(axis=2)
     assert drawn.any() and not drawn[vessels > 0].any() and (overlay[drawn] == OUTLINE).all()
     listed = json.loads((tmp_path / "out/summary.json").read_text())
-    assert [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in written] == listed
+    assert [{**row, **{name: json.loads(row[name]) for name in NUMBERS}} for row in written] == listed
 
 
 def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_path):
@@ -114,7 +114,7 @@ def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, 
         ({}, "e3b.*=0.4 .*, not with e3b.*=0.6 .*"),
         ({"made_with": "tiny"}, ".*=0.4 .*, not with tiny"),
     ):
-        with pytest.raises(UserError, match=f"out: holds maps made with {said}; .*--overwrite.*--output"):
+        with pytest.raises(UserError, match=f"out: made with {said}; .*--overwrite.*--output"):
             run(segmenter, [images], tmp_path / "out", **options)
     assert files(tmp_path / "out") == before
     run(segmenter, [images], tmp_path / "out", overwrite=True, save="masks")
@@ -311,7 +311,7 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     assert cli.main(arguments) == 0 and "0 segmented, 3 done before" in capsys.readouterr().out
     assert cli.main([*arguments, "--threshold", "0.4"]) == 2
     tiny = f"tiny {weights_id(find_weights('tiny'))}"
-    assert f"holds maps made with {tiny}, not with {tiny} threshold=0.4; " in capsys.readouterr().err
+    assert f"made with {tiny}, not with {tiny} threshold=0.4; " in capsys.readouterr().err
     assert cli.main([*arguments, "--threshold", "0.4", "--tta", "--overwrite"]) == 0
     rows = read_csv(tmp_path / "out/summary.csv", COLUMNS)
     assert {row["made_with"] for row in rows if row["status"] == DONE} == {f"{tiny} threshold=0.4 tta"}

@@ -104,8 +104,9 @@ def predict_images(
             begun[key] = row | {"status": INTERRUPTED}
     made = {row["made_with"] for row in summary.values() if row["status"] in (DONE, INTERRUPTED)} - {made_with}
     if made and not overwrite:
-        other = f"{output}: holds maps made with {made.pop()}, not with {made_with}"
-        raise UserError(f"{other}; segment again with --overwrite, or choose another --output")
+        raise UserError(
+            f"{output}: made with {made.pop()}, not with {made_with}; add --overwrite or choose another --output"
+        )
     if segmenter is None:
         return [{**(begun.get(key) or summary[key]), "skipped": key not in begun} for key in images]
     world.barrier()  # all processes have decided, the same, before any of them writes
@@ -228,8 +229,7 @@ def _choose_names(images: Images, output: Path, summary: Rows) -> dict[str, str]
         new = plain[key] if uses[plain[key].casefold()] == 1 else place.as_posix()
         names[key] = name = summary[key]["name"] if key in summary else new
         if (other := owners.setdefault(name.casefold(), key)) != key:
-            both = f"{path} and {other}: both would be {output / name}_*"
-            raise UserError(f"{both}; give the folder of both, or two --output")
+            raise UserError(f"{path} and {other}: both are {output / name}_*; give the folder of both, or two --output")
         files = _files(output, name) + [output / "summary.json"] * (not summary)
         if key not in summary and (others := [file for file in files if os.path.lexists(file)]):
             raise UserError(f"{others[0]}: is there already, and not of this command; choose another --output")
