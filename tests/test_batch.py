@@ -110,10 +110,7 @@ def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, 
     run(segmenter, [images], tmp_path / "out")
     before = files(tmp_path / "out")
     segmenter.threshold = 0.6
-    for options, said in (
-        ({}, "e3b.*=0.4 .*, not with e3b.*=0.6 .*"),
-        ({"made_with": "tiny"}, ".*=0.4 .*, not with tiny"),
-    ):
+    for options, said in (({}, "e3b.*=0.4 .*, not e3b.*=0.6 .*"), ({"made_with": "tiny"}, ".*=0.4 .*, not tiny")):
         with pytest.raises(UserError, match=f"out: made with {said}; .*--overwrite.*--output"):
             run(segmenter, [images], tmp_path / "out", **options)
     assert files(tmp_path / "out") == before
@@ -311,7 +308,7 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     assert cli.main(arguments) == 0 and "0 segmented, 3 done before" in capsys.readouterr().out
     assert cli.main([*arguments, "--threshold", "0.4"]) == 2
     tiny = f"tiny {weights_id(find_weights('tiny'))}"
-    assert f"made with {tiny}, not with {tiny} threshold=0.4; " in capsys.readouterr().err
+    assert f"made with {tiny}, not {tiny} threshold=0.4; " in capsys.readouterr().err
     assert cli.main([*arguments, "--threshold", "0.4", "--tta", "--overwrite"]) == 0
     rows = read_csv(tmp_path / "out/summary.csv", COLUMNS)
     assert {row["made_with"] for row in rows if row["status"] == DONE} == {f"{tiny} threshold=0.4 tta"}

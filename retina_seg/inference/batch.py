@@ -104,9 +104,8 @@ def predict_images(
             begun[key] = row | {"status": INTERRUPTED}
     made = {row["made_with"] for row in summary.values() if row["status"] in (DONE, INTERRUPTED)} - {made_with}
     if made and not overwrite:
-        raise UserError(
-            f"{output}: made with {made.pop()}, not with {made_with}; add --overwrite or choose another --output"
-        )
+        remedy = "add --overwrite or choose another --output"
+        raise UserError(f"{output}: made with {made.pop()}, not {made_with}; {remedy}")
     if segmenter is None:
         return [{**(begun.get(key) or summary[key]), "skipped": key not in begun} for key in images]
     world.barrier()  # all processes have decided, the same, before any of them writes
@@ -229,7 +228,7 @@ def _choose_names(images: Images, output: Path, summary: Rows) -> dict[str, str]
         new = plain[key] if uses[plain[key].casefold()] == 1 else place.as_posix()
         names[key] = name = summary[key]["name"] if key in summary else new
         if (other := owners.setdefault(name.casefold(), key)) != key:
-            raise UserError(f"{path} and {other}: both are {output / name}_*; give the folder of both, or two --output")
+            raise UserError(f"{path} and {other}: both are {output / name}_*; give their folder, or two --output")
         files = _files(output, name) + [output / "summary.json"] * (not summary)
         if key not in summary and (others := [file for file in files if os.path.lexists(file)]):
             raise UserError(f"{others[0]}: is there already, and not of this command; choose another --output")
