@@ -216,8 +216,11 @@ NETWORK_NAMES = ("working_size", "tta", "style", "device", "precision")
 @command(
     "segment images of any size",
     "predict images/ --output vessels/",
-    argument("images", "files, or folders with all below them", nargs="+", metavar="IMAGE_OR_FOLDER"),
+    argument("images", "files, folders with all below them, .txt or .csv lists of paths", nargs="+", metavar="INPUT"),
     argument("--output", "folder for maps and summary.csv; mirrors the input's sub-folders", required=True),
+    argument("--save", "any of masks,probability,overlay,fov", "masks,probability,overlay", metavar="NAMES"),
+    argument("--dry-run", "say what would be done, write nothing (default: off)", action="store_true"),
+    argument("--jobs", "images at once (default: up to 4, by processor cores)", type=int),
     WEIGHTS,
     argument("--overwrite", "segment again what is done (default: skip it)", action="store_true"),
     argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float),
@@ -225,29 +228,34 @@ NETWORK_NAMES = ("working_size", "tta", "style", "device", "precision")
     AUTO,
 )
 def _predict(options: argparse.Namespace) -> int:
-    from retina_seg.checkpoint import find_weights, weights_id
+    from retina_seg.checkpoint import WEIGHTS, find_weights, weights_id
     from retina_seg.distributed import process_group
     from retina_seg.inference.batch import DONE, predict_images
     from retina_seg.inference.segmenter import Segmenter
     from retina_seg.runs import remarks
 
-    path = find_weights(options.weights)
+    path, passed = find_weights(options.weights).resolve(), list[str]()
     choices = _given(options, "threshold", "working_size", "tta", "style")
+    shown = {**choices, "precision": options.precision.replace("auto", "")}
+    made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
+    made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
+    how = {**_given(options, "output", "overwrite", "save", "jobs"), "made_with": " ".join(made_with), "passed": passed}
     with process_group() as world:
-        device = str(world.device(options.device))
-        segmenter = Segmenter.load(path, device=device, precision=options.precision, **choices)
-        weights = " ".join([weights_id(path), *(f"{name}={value}" for name, value in choices.items() if value)])
-        rows = predict_images(segmenter, options.images, options.output, options.overwrite, weights, world=world)
+        load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
+        segmenter = None if options.dry_run else Segmenter.load(path, **load)
+        rows = predict_images(segmenter, options.images, **how, world=world)
     if not world.is_main:
         return 0
     _say(*remarks(path))
-    failed = [row for row in rows if row["status"] != DONE]
-    for row in failed:
+    skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
+    counts = f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed"
+    if options.dry_run:
+        counts, some = f"dry run: {len(rows) - skipped} to segment, {skipped} done before", failed[:3]
+        _say(*(f"{row['input']} -> {Path(options.output, row['name'])}_*" for row in some))
+    for row in () if options.dry_run else failed:
         _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
-    skipped = sum(row["skipped"] for row in rows)
-    done = len(rows) - len(failed) - skipped
-    _say(f"{done} segmented, {skipped} done before, {len(failed)} failed: {options.output}")
-    return 1 if failed else 0
+    _say(f"{counts}: {options.output}{''.join(passed)}")
+    return int(bool(failed and segmenter))
 
 
 @command(

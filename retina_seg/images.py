@@ -83,6 +83,16 @@ def read_image(path: str | Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def load_image(path: str | Path) -> tuple[np.ndarray, str]:
+    """`read_image` and a remark."""
+    return read_image(path), ""
+
+
+def is_image(path: Path) -> bool:
+    """Whether it is an image, by its ending."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def read_grey(path: str | Path) -> np.ndarray:
     """Decode a mask or map as stored: (H, W) uint8 grey, upright. Raises `UserError` as `read_image`.
 

@@ -15,8 +15,9 @@ from retina_seg.utils import atomic_write
 
 REGION_NAMES = {"frame": "whole frame", "fov": "field of view"}
 SCREEN_DPI = 72  # of figures that show images: a committed notebook has to stay small
-# light grey, sky blue, orange: told apart with every kind of colour blindness
-TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (235, 235, 235), (86, 180, 233), (240, 120, 20)
+# white, and sky blue and orange of Okabe and Ito: told apart with every kind of colour blindness
+TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (255, 255, 255), (86, 180, 233), (230, 159, 0)
+OUTLINE = (86, 180, 233)  # sky blue: far from the colours of a fundus
 
 
 def mask_parse(mask: np.ndarray) -> np.ndarray:
@@ -46,9 +47,14 @@ def error_overlay(
 
 
 def vessel_overlay(image: np.ndarray, vessels: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) uint8 RGB with `vessels` (H, W) bool tinted green; the same shape."""
+    """The image (H, W, 3) uint8 RGB with `OUTLINE` around `vessels` (H, W) bool, which stay as they are; the same shape.
+
+    The line lies outside the vessels. It is 1 pixel wide up to 1,500 pixels of the longer side, then 1 more for each 1,500.
+    """
+    width = max(1, math.ceil(max(vessels.shape) / 1500))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * width + 1, 2 * width + 1))
     overlay = image.copy()
-    overlay[vessels] = (0.4 * image[vessels] + 0.6 * np.array((0, 255, 120))).astype(np.uint8)
+    overlay[(cv2.dilate(vessels.astype(np.uint8), disc) > 0) & ~vessels] = OUTLINE
     return overlay
 
 

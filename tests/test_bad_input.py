@@ -5,6 +5,7 @@ A kind is tried with one command, and every command with several kinds: `CASES`.
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -32,7 +33,7 @@ from retina_seg.utils import read_json, write_json
 SMALL = ("--preset", "quick", "--size", "32", "--epochs", "1", "--patches", "4", "--device", "cpu")
 CASES, WORKS = [], []
 CONFIG, RESUME = "train --config", "train --resume"
-NEW = r"good_\w+\.png|summary\.csv|\.summary\.0\.csv"  # what predict leaves: good images are done, and what is not is said
+NEW = r"good_\w+\.png|summary\.\w+|\.summary\.0\.csv"  # what predict leaves: good images are done, and what is not is said
 WHOLE = NEW + r"|config\.json|history\.csv|\w+\.pth|\w+\.png|metrics\.\w+|comparison\.csv"
 
 
@@ -437,7 +438,8 @@ def test_bad_input_is_one_line_that_names_it(make, said, status, leaves, desk, c
             assert any(path.iterdir())  # no empty folder is left
             continue
         assert re.fullmatch(leaves, path.name)
-        readers = {".json": read_json, ".png": read_image, ".pth": lambda p: torch.load(p, weights_only=True)}
+        readers = {".png": read_image, ".pth": lambda p: torch.load(p, weights_only=True)}
+        readers |= {".json": lambda p: json.loads(p.read_text())}
         readers.get(path.suffix, Path.read_bytes)(path)  # whole
 
 

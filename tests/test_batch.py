@@ -1,5 +1,6 @@
 """Many images: what is written and under which name, what is skipped, what is never overwritten, bad files among good."""
 
+import json
 import os
 import time
 
@@ -8,16 +9,17 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from retina_seg import cli, device
-from retina_seg.checkpoint import weights_id
+from retina_seg import cli
+from retina_seg.checkpoint import find_weights, weights_id
 from retina_seg.fov import find_fov
 from retina_seg.images import read_grey, read_image, write_image
 from retina_seg.inference import batch
-from retina_seg.inference.batch import COLUMNS, DONE, OUTPUTS, predict_images
+from retina_seg.inference.batch import COLUMNS, DONE, NUMBERS, OUTPUTS, SUMMARIES, predict_images
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.transforms import FovFrame
 from retina_seg.utils import UserError, read_csv
+from retina_seg.visualize import OUTLINE
 
 
 class Dark(nn.Module):
@@ -65,7 +67,7 @@ def outputs(*names) -> set[str]:
 
 def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
     rows = run(segmenter, [images], tmp_path / "out")
-    assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | {"summary.csv"}
+    assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | set(SUMMARIES)
     written = read_csv(tmp_path / "out/summary.csv", COLUMNS)
     assert tuple(written[0]) == COLUMNS and [row["name"] for row in written] == ["a", "b", "below/c"]
     assert all((row["status"], row["width"], row["height"]) == (DONE, "72", "64") for row in written)
@@ -76,10 +78,13 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
         np.testing.assert_array_equal(np.asarray(deep), np.rint(probability * 65535))
     vessels = read_grey(tmp_path / "out/a_vessels.png")
     np.testing.assert_array_equal(vessels, np.where(probability > 0.4, 255, 0))
-    share = float(written[0]["vessel_share"])
-    assert 0 < share < 1 and share == pytest.approx((vessels > 0).sum() / find_fov(image).sum(), abs=1e-4)
-    tinted = (read_image(tmp_path / "out/a_overlay.png") != image).any(axis=2)
-    assert tinted.sum() == pytest.approx((vessels > 0).sum(), rel=0.02)
+    percent = float(written[0]["vessel_percent"])
+    assert 0 < percent < 100 and percent == pytest.approx(100 * (vessels > 0).sum() / find_fov(image).sum(), rel=1e-3)
+    overlay = read_image(tmp_path / "out/a_overlay.png")
+    drawn = (overlay != image).any(axis=2)
+    assert drawn.any() and not drawn[vessels > 0].any() and (overlay[drawn] == OUTLINE).all()
+    listed = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [{**row, **{name: json.loads(row[name]) for name in NUMBERS}} for row in written] == listed
 
 
 def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_path):
@@ -87,13 +92,67 @@ def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_pa
     assert [row["skipped"] for row in run(segmenter, [images], tmp_path / "out")] == [True] * 3
     assert segmenter.network.calls == 3
     (tmp_path / "out/b_vessels.png").unlink()
-    os.utime(images / "below/c.tif", (2e9, 2e9))
+    write(images / "below/c.tif", 7)
+    os.utime(images / "below/c.tif", (1e9, 1e9))  # another image, older than its maps
     write(images / "d.png")
+    table = [COLUMNS, *(row.values() for row in read_csv(tmp_path / "out/summary.csv", COLUMNS))]
+    text = "\n".join(map(";".join, table))
+    (tmp_path / "out/summary.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet saves it
     skipped = {row["name"]: row["skipped"] for row in run(segmenter, [images], tmp_path / "out")}
     assert skipped == {"a": True, "b": False, "below/c": False, "d": False}
-    for options in ({"overwrite": True}, {"weights": "others"}):
-        assert not any(row["skipped"] for row in run(segmenter, [images], tmp_path / "out", **options))
-    assert len(files(tmp_path / "out")) == 4 * 3 + 1
+    vessels = read_grey(tmp_path / "out/below/c_vessels.png") > 0
+    assert vessels.any() and np.array_equal(vessels, segmenter.vessels(read_image(images / "below/c.tif")))
+    assert not any(row["skipped"] for row in run(segmenter, [images], tmp_path / "out", overwrite=True))
+    assert len(files(tmp_path / "out")) == 4 * 3 + 2
+
+
+def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, images, tmp_path):
+    run(segmenter, [images], tmp_path / "out")
+    before = files(tmp_path / "out")
+    segmenter.threshold = 0.6
+    for options, said in (({}, "e3b.*=0.4 .*, not e3b.*=0.6 .*"), ({"made_with": "tiny"}, ".*=0.4 .*, not tiny")):
+        with pytest.raises(UserError, match=f"out: made with {said}; .*--overwrite.*--output"):
+            run(segmenter, [images], tmp_path / "out", **options)
+    assert files(tmp_path / "out") == before
+    run(segmenter, [images], tmp_path / "out", overwrite=True, save="masks")
+    assert files(tmp_path / "out").keys() == {f"{name}_vessels.png" for name in ("a", "b", "below/c")} | set(SUMMARIES)
+    # one more map of the same image keeps the others; a failure leaves none
+    assert not any(row["skipped"] for row in run(segmenter, [images], tmp_path / "out", save="masks, fov"))
+    fov = read_grey(tmp_path / "out/a_fov.png")
+    assert np.array_equal(fov, find_fov(read_image(images / "a.png")) * np.uint8(255)) and fov.any()
+    (images / "b.jpg").write_bytes(b"")
+    rows = run(segmenter, [images], tmp_path / "out", save="fov")
+    assert [row["skipped"] for row in rows] == [True, False, True] and rows[1]["status"] != DONE
+    left = {f"{name}_{kind}.png" for name in ("a", "below/c") for kind in ("vessels", "fov")}
+    assert files(tmp_path / "out").keys() == left | set(SUMMARIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names"),
+    [
+        ("list.txt", "# mine\n\n b.jpg\r\nbelow/c.tif\n", {"b", "below/c"}),
+        ("list.txt", "{images}/a.png\nbelow\na.png", {"a", "below/c"}),
+        ("../list.lst", '"images/below/c.tif"\nother/c.png', {"images/below/c", "other/c"}),
+        ("sub/list.csv", "id;Image;grade\n1;../a.png;0\n;;\n2;../b.jpg;1\n", {"a", "b"}),
+        ("list.tsv", "file\tgrade\na.png\t0\n", {"a"}),
+        ("list.csv", 'path\n"b.jpg"\ngone.png\n', "list.csv, line 3: .*images/gone.png: no such file"),
+        ("list.txt", "a.png\n\nb.png\n", "list.txt, line 3: .*images/b.png: no such file"),
+        ("list.csv", "<html>", "list.csv: is an HTML page"),
+        ("list.txt", "# nothing", "no images found in .*list.txt"),
+    ],
+)
+def test_lists_of_paths(segmenter, images, tmp_path, name, text, names):
+    write(tmp_path / "other/c.png")
+    (images / name).parent.mkdir(exist_ok=True)
+    for encoding in ("utf-8-sig", "utf-16"):  # with a byte-order mark
+        (images / name).write_text(text.replace("{images}", str(images)), encoding=encoding)
+        if isinstance(names, str):
+            with pytest.raises(UserError, match=names if encoding == "utf-8-sig" else "list"):
+                run(segmenter, images / name, tmp_path / encoding)
+            assert not (tmp_path / encoding).exists()
+        else:
+            run(segmenter, images / name, tmp_path / encoding)
+            assert files(tmp_path / encoding).keys() == outputs(*names) | set(SUMMARIES)
 
 
 def test_one_bad_file_never_stops_the_rest(segmenter, images, tmp_path, monkeypatch):
@@ -105,7 +164,7 @@ def test_one_bad_file_never_stops_the_rest(segmenter, images, tmp_path, monkeypa
     assert [name for name in status if status[name] == DONE] == ["a", "b", "below/c"]
     assert status["aa"].startswith("is damaged") and status["bb"].startswith("is not an image")
     assert "memory" in status["large"] and "--working-size" in status["large"]
-    assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | {"summary.csv"}
+    assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | set(SUMMARIES)
     write(images / "aa.png")  # mended, it is done by the next run
     assert {row["name"]: row["status"] for row in run(segmenter, [images], tmp_path / "out")}["aa"] == DONE
 
@@ -123,7 +182,7 @@ def test_outputs_mirror_the_inputs_and_two_of_one_name_keep_their_ending(segment
     for name in ("left/eye.jpg", "left/EYE.png", "left/sub/eye.png", "right/eye.png"):
         write(tmp_path / name)
     run(segmenter, [tmp_path / item for item in inputs], tmp_path / "out")
-    assert files(tmp_path / "out").keys() == outputs(*names) | {"summary.csv"}
+    assert files(tmp_path / "out").keys() == outputs(*names) | set(SUMMARIES)
 
 
 def test_what_two_images_would_share_is_refused_before_anything_is_written(segmenter, tmp_path):
@@ -137,7 +196,7 @@ def test_what_two_images_would_share_is_refused_before_anything_is_written(segme
         run(segmenter, [tmp_path / "y"], tmp_path / "out")
     write(tmp_path / "x/eye.png")
     run(segmenter, [tmp_path / "x"], tmp_path / "out", overwrite=True)  # the name of the first is kept
-    assert files(tmp_path / "out").keys() == outputs("eye", "eye.png") | {"summary.csv"}
+    assert files(tmp_path / "out").keys() == outputs("eye", "eye.png") | set(SUMMARIES)
 
 
 def test_nothing_is_written_over_what_is_not_ours(segmenter, images):
@@ -182,10 +241,9 @@ def test_several_at_once_give_the_same_bytes_and_large_ones_take_turns(segmenter
 
     segmenter.network.forward = slow
     for case, count, large in (("alone", 1, 1 << 30), ("several", 3, 1 << 30), ("large", 3, 0)):
-        monkeypatch.setattr(device, "images_at_once", lambda _, count=count: count)
         monkeypatch.setattr(batch, "LARGE", large)
-        run(segmenter, [tmp_path / "images"], tmp_path / case)
-        made.append({name: content for name, content in files(tmp_path / case).items() if name != "summary.csv"})
+        run(segmenter, [tmp_path / "images"], tmp_path / case, jobs=count)
+        made.append({name: content for name, content in files(tmp_path / case).items() if name not in SUMMARIES})
     assert most["alone"] == 1 and most["several"] > 1 and most["large"] == 1
     assert len(made[0]) == 24 and made[0] == made[1] == made[2]
 
@@ -214,25 +272,17 @@ def test_what_was_done_before_an_interruption_is_not_done_again(segmenter, image
     assert files(images).keys() >= outputs("a", "b", "below/c") and not (images / ".summary.0.csv").exists()
 
 
-def test_images_are_upright(segmenter, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by a quarter
-    Image.fromarray(synthetic_image(1, 64, 96).image).save(tmp_path / "rotated.jpg", exif=exif)
-    (row,) = run(segmenter, [tmp_path / "rotated.jpg"], tmp_path / "out")
-    assert (row["width"], row["height"]) == ("64", "96")
-
-
 @pytest.mark.parametrize(
     ("inputs", "taken", "said"),
     [
-        ("empty", "nothing", "no images found"),
+        ("notes", "notes/1.PDF", "no images found in .*notes; passed over: 1 .pdf"),
         ("nowhere", "nothing", "nowhere: no such file"),
+        ("images", "out/summary.json", "summary.json: is there already"),
         ("images", "out/summary.csv", "summary.csv: is not a table.*choose another --output"),
         ("images", "out/below", "below: is a file"),
     ],
 )
 def test_what_cannot_be_done_is_said(segmenter, images, tmp_path, inputs, taken, said):
-    (tmp_path / "empty").mkdir()
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_text("my,own,table\n1,2,3\n")
     with pytest.raises(UserError, match=said):
@@ -240,20 +290,26 @@ def test_what_cannot_be_done_is_said(segmenter, images, tmp_path, inputs, taken,
     assert (tmp_path / taken).read_text().startswith("my,own")
 
 
-def test_a_style_of_labelling_is_in_the_summary_and_another_is_segmented_again(images, tmp_path, styled, capsys):
-    arguments = ["predict", str(images), "--output", str(tmp_path / "out"), "--weights", str(styled)]
-    for options, noted in (((), ""), (("--style", "a"), " style=a")):
-        assert cli.main([*arguments, *options]) == 0 and "3 segmented" in capsys.readouterr().out
-        (used,) = {row["weights"] for row in read_csv(tmp_path / "out/summary.csv", COLUMNS)}
-        assert used == weights_id(styled) + noted
-
-
-def test_the_command_says_what_failed_and_exits_with_1(images, tmp_path, capsys):
+def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(batch, "load_image", lambda path: (read_image(path), "page 2 of 2" if path.stem == "a" else ""))
     (images / "bad\none.png").write_text("no image")
-    arguments = ["predict", str(images), "--output", str(tmp_path / "out"), "--weights", "tiny"]
+    for name in ("more.TXT", "table.csv", "README", "below/Makefile", "below/README"):
+        (images / name).write_text("no image")
+    arguments = ["predict", "~/images", "--output", "~/out", "--weights", "tiny"]
+    assert cli.main([*arguments, "--dry-run", "--style", "none"]) == 0 and not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    assert "/a.png -> ~/out/a_*" in shown and "dry run: 4 to segment, 0 done before" in shown
     assert cli.main(arguments) == 1
     shown = "".join(capsys.readouterr())
-    assert "3 segmented, 0 done before, 1 failed" in shown and "bad\\none.png: is not an image" in shown
+    assert "3 segmented, 0 done before, 1 failed: ~/out; passed over: 3 without ending, 2 .txt, 1 .csv\n" in shown
+    assert "bad\\none.png: is not an image" in shown
     (images / "bad\none.png").unlink()
     assert cli.main(arguments) == 0 and "0 segmented, 3 done before" in capsys.readouterr().out
-    assert cli.main([*arguments, "--threshold", "0.4"]) == 0 and "3 segmented" in capsys.readouterr().out
+    assert cli.main([*arguments, "--threshold", "0.4"]) == 2
+    tiny = f"tiny {weights_id(find_weights('tiny'))}"
+    assert f"made with {tiny}, not {tiny} threshold=0.4; " in capsys.readouterr().err
+    assert cli.main([*arguments, "--threshold", "0.4", "--tta", "--overwrite"]) == 0
+    rows = read_csv(tmp_path / "out/summary.csv", COLUMNS)
+    assert {row["made_with"] for row in rows if row["status"] == DONE} == {f"{tiny} threshold=0.4 tta"}
+    assert [row["remark"] for row in rows] == ["page 2 of 2", "", "", ""]

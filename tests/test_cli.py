@@ -194,6 +194,8 @@ MISTAKES = [
     ("test --checkpoint drive --data {set}", "--output is needed"),
     ("test --run {folder}/nowhere --data {set}", "nowhere: no such checkpoint"),
     ("predict {empty} --output {out}", "no image"),
+    ("predict {set} --output {out} --save masks,maps", "--save 'maps': choose from masks,probability,overlay,fov"),
+    ("predict {set} --output {out} --jobs 0", "--jobs 0"),
     ("predict {set} --weights {styled} --style thin --output {out}", "styled.pth has a, b, balanced"),
     ("export --weights {styled} --style thin --output {out}.onnx", "styled.pth has a, b, balanced"),
     ("degrade --weights {styled} --style thin --data {set} --output {out}", "styled.pth has a, b, balanced"),
@@ -222,7 +224,7 @@ def test_a_mistake_is_one_line_that_names_it(command, said, tiny_set, styled, tm
     assert call(*command.format(**names).split()) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "retina-seg: error:" in line]
     assert len(lines) == 1 and lines[0].startswith("retina-seg: error: ") and said in lines[0]
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "out"] == before
+    assert [path for path in sorted(tmp_path.rglob("*")) if "predict" in command or path.name != "out"] == before
 
 
 @pytest.mark.parametrize("options", ["paint", "train --frame oval", "train --augmentation bend", "train --epochs many"])

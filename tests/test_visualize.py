@@ -37,7 +37,7 @@ def test_four_pixels_have_the_four_colours_of_an_error_overlay():
     predicted = np.array([[True, False], [True, False]])
     colours = [tuple(pixel) for pixel in error_overlay(image, mask, predicted).reshape(4, 3)]
     assert colours == [TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE, (50, 50, 50)]
-    assert colours[:3] == [(235, 235, 235), (86, 180, 233), (240, 120, 20)]  # light grey, sky blue, orange
+    assert colours[:3] == [(255, 255, 255), (86, 180, 233), (230, 159, 0)]  # white, sky blue, orange
 
 
 def test_outside_the_field_of_view_nothing_is_coloured():
@@ -50,11 +50,14 @@ def test_outside_the_field_of_view_nothing_is_coloured():
     assert (plain[..., 0] == plain[..., 1]).all()
 
 
-def test_the_vessel_overlay_tints_vessels_and_nothing_else():
-    image = np.full((1, 3, 3), 100, np.uint8)
-    vessels = np.array([[True, False, True]])
-    assert visualize.vessel_overlay(image, vessels)[0].tolist() == [[40, 193, 112], [100, 100, 100], [40, 193, 112]]
-    assert (image == 100).all()  # left as it was
+@pytest.mark.parametrize(("side", "width"), [(7, 1), (1500, 1), (1501, 2)])
+def test_the_vessel_overlay_outlines_vessels_and_leaves_them_as_they_are(side, width):
+    image, vessels = noise(7, side, 3), np.zeros((7, side), bool)
+    before, vessels[3, 2] = image.copy(), True
+    overlay = visualize.vessel_overlay(image, vessels)
+    drawn = (overlay == visualize.OUTLINE).all(axis=2)
+    assert np.array_equal(overlay[~drawn], image[~drawn]) and np.array_equal(image, before)
+    assert not drawn[3, 2] and drawn[3].sum() == drawn[:, 2].sum() == 2 * width
 
 
 def test_shrink_keeps_the_aspect_ratio_and_never_enlarges():
@@ -133,14 +136,6 @@ def test_ranking_curves_have_a_line_a_region_with_its_scores():
     x, y = roc.get_lines()[0].get_data()
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     assert (np.diff(x) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(area)
-
-
-def test_figures_leave_matplotlibs_global_state_alone():
-    from matplotlib import pyplot
-
-    before = pyplot.get_fignums()
-    figure, axes = visualize.new_figure(3)
-    assert len(axes) == len(figure.axes) == 3 and pyplot.get_fignums() == before
 
 
 def test_a_line_chart_has_a_line_a_name_with_its_own_x_values_and_upright_marks():

@@ -1,7 +1,8 @@
 """Many images on disk -> vessel maps on disk; one bad file never stops the rest.
 
 The output folder mirrors the input's: `in/a/b.png` becomes, at its own size and upright, `out/a/b_probability.png`
-(16 bits, 65,535 is probability 1), `out/a/b_vessels.png` (0/255), `out/a/b_overlay.png` and a row of `out/summary.csv`.
+(16 bits, 65,535 is probability 1), `out/a/b_vessels.png` and, where asked for, `out/a/b_fov.png` (0/255),
+`out/a/b_overlay.png`, and a row of `out/summary.csv` and `out/summary.json`.
 
 Each process appends its rows to `.summary.<rank>.csv`, image by image. Rank 0 merges them at the end; after a kill, the
 next call does. Several processes need an output folder that all of them see.
@@ -10,11 +11,13 @@ next call does. Several processes need an output folder that all of them see.
 from __future__ import annotations
 
 import contextlib
+import csv
+import hashlib
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,117 +25,200 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
+from retina_seg import utils
 from retina_seg.device import map_threads, out_of_memory
 from retina_seg.distributed import World
 from retina_seg.fov import find_fov, fov_diameter
-from retina_seg.images import IMAGE_SUFFIXES, image_size, read_image, write_image
+from retina_seg.images import IMAGE_SUFFIXES, image_size, is_image, load_image, write_image
 from retina_seg.inference.segmenter import Segmenter
-from retina_seg.utils import UserError, create_dir, csv_text, natural_key, natural_sort, read_csv, write_csv
+from retina_seg.utils import UserError, natural_sort, user_path
 from retina_seg.visualize import vessel_overlay
 
-OUTPUTS = ("probability", "vessels", "overlay")
-COLUMNS = ("input", "name", "width", "height", "fov_diameter", "vessel_share", "seconds", "weights", "status")
+# what can be saved -> the end of its file's name
+SAVES = {"masks": "vessels", "probability": "probability", "overlay": "overlay", "fov": "fov"}
+SAVED = "masks,probability,overlay"  # by default
+OUTPUTS = tuple(SAVES[name] for name in SAVED.split(","))
+SUMMARIES = ("summary.csv", "summary.json")
+NUMBERS = ("width", "height", "fov_diameter", "vessel_percent", "seconds", "size", "mtime_ns")
+COLUMNS = ("input", "name", *NUMBERS, "made_with", "remark", "status")
+TEXTS, TABLES = (".txt", ".lst"), (".csv", ".tsv")  # endings of lists of paths
+NAMED = ("image", "path", "input")  # columns of paths
 DONE, INTERRUPTED = "ok", "interrupted"
 LARGE = 40_000_000  # pixels; images with more are done one at a time, for memory
 Rows = dict[str, dict[str, Any]]  # of a summary, by input
+Images = dict[str, tuple[Path, Path]]  # real path -> (path, place below the output with its ending)
 
 
 def predict_images(
-    segmenter: Segmenter,
-    inputs: Sequence[str | Path],
+    segmenter: Segmenter | None,
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path,
     overwrite: bool = False,
-    weights: str = "",
+    made_with: str | None = None,
+    save: str = SAVED,
+    jobs: int | None = None,
+    passed: list[str] | None = None,
     progress: bool = True,
     world: World = World(),  # noqa: B008
 ) -> list[dict[str, Any]]:
-    """Segment every image among `inputs`, files and folders with all below them, into the folder `output`.
+    """Segment every image among `inputs`: files, folders with all below them, lists of paths (`_read_list`).
 
     A file becomes `output/<stem>_*`; what is in one folder `output/<place in it>_*`; in one of several inputs
     `output/<folder>/<place in it>_*`. Two that would share a name keep their ending in it (`b.png_vessels.png`).
 
     Args:
-        overwrite: segment again what is done; else only what is new, changed, failed, or done with other `weights`.
-        weights: a text that stands for weights and options in the summary.
+        segmenter: None: write nothing; the status of what would be segmented is `INTERRUPTED`.
+        overwrite: segment again what is done; else only what is new, changed, failed, or lacks a file.
+        made_with: a text that stands for weights and options in the summary; by default their checksum.
+        save: names of `SAVES` with commas between.
+        jobs: how many images at once; None: `device.images_at_once`.
+        passed: takes up in words what was passed over in folders.
         world: the processes that share the images; each calls this.
 
-    Returns:
-        On rank 0 the images' rows as in summary.csv, with "skipped": whether it had been done before; else nothing.
-        "status" is `DONE`, or why the image could not be segmented.
+    Returns, on rank 0, the images' rows as in summary.csv, with "skipped": whether it had been done before. "status" is
+    `DONE`, or why the image could not be segmented.
 
-    Raises:
-        UserError: no image, two of one name, a file that is not ours in the way, a folder not to be written to, a full disk.
+    Raises `UserError`: no image, two of one name, a file that is not ours in the way, an output of other weights or options,
+    an option out of its range, a folder not to be written to, a full disk.
     """
-    output = Path(output)
+    output, inputs = user_path(output), [inputs] if isinstance(inputs, (str, Path)) else inputs
+    saves = [name.strip() for name in save.split(",")]
+    if unknown := [name for name in saves if name not in SAVES]:
+        raise UserError(f"--save {unknown[0]!r}: choose from {','.join(SAVES)}")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
+    if made_with is None and segmenter:
+        weights = b"".join(value.cpu().float().numpy().tobytes() for value in segmenter.model.state_dict().values())
+        options = f"{segmenter.frame} threshold={segmenter.threshold} tta={segmenter.tta}"
+        made_with = f"{hashlib.sha256(weights).hexdigest()[:12]} {options}"
+    summary = _read_rows(output)
+    images = find_images(inputs, output, summary, [] if passed is None else passed)
+    begun = {}
+    for key, name in _choose_names(images, output, summary).items():
+        row = new = {"input": key, "name": name, "made_with": made_with}
+        with contextlib.suppress(OSError):  # a link to nothing fails later, by name
+            stat, old = images[key][0].stat(), summary.get(key, new)
+            if old | new | {"size": str(stat.st_size), "mtime_ns": str(stat.st_mtime_ns)} == old:
+                row = old
+        if overwrite or row.get("status") != DONE or not all(map(os.path.isfile, _files(output, name, saves))):
+            begun[key] = row | {"status": INTERRUPTED}
+    made = {row["made_with"] for row in summary.values() if row["status"] in (DONE, INTERRUPTED)} - {made_with}
+    if made and not overwrite:
+        remedy = "add --overwrite or choose another --output"
+        raise UserError(f"{output}: made with {made.pop()}, not {made_with}; {remedy}")
+    if segmenter is None:
+        return [{**(begun.get(key) or summary[key]), "skipped": key not in begun} for key in images]
+    world.barrier()  # all processes have decided, the same, before any of them writes
     if world.is_main:
-        create_dir(output)
+        utils.create_dir(output)
         _merge(output)
     world.barrier()
-    summary = read_summary(output / "summary.csv")
-    images = find_images(inputs, output, summary)
-    names = _choose_names(images, output, summary)
-    todo = [key for key in images if overwrite or not _is_done(summary.get(key), weights, images[key][0], output)]
-    world.barrier()  # all processes have decided, the same, before any of them writes
-    part, large_turn = output / f".summary.{world.rank}.csv", threading.Lock()
+    large_turn = threading.Lock()
 
     def segment(row: dict[str, Any]) -> dict[str, Any]:
-        return row | _segment(segmenter, images[row["input"]][0], _files(output, row["name"]), large_turn)
+        old = () if "size" in row else _files(output, row["name"])  # of another image or other settings
+        for file in filter(os.path.lexists, old):
+            os.unlink(file)
+        files = dict(zip(saves, _files(output, row["name"], saves), strict=True))
+        return row | _segment(segmenter, images[row["input"]][0], files, large_turn)
 
-    begun = {"weights": weights, "status": INTERRUPTED}
-    share = [{"input": key, "name": names[key], **begun} for key in todo[world.rank :: world.size]]
-    write_csv(part, COLUMNS, share)  # so that a killed call leaves no file that no row names
+    part, share = output / f".summary.{world.rank}.csv", list(begun.values())[world.rank :: world.size]
+    utils.write_csv(part, COLUMNS, share)  # so that a killed call leaves no file that no row names
     try:
         with open(part, "a", encoding="utf-8", errors="surrogateescape") as file:
-            rows = map_threads(segment, share, segmenter.device)
+            rows = map_threads(segment, share, segmenter.device, jobs)
             for row in tqdm(rows, "segmenting", len(share), unit="image", disable=not (progress and world.is_main)):
-                file.write(csv_text(COLUMNS, [row], digits=4, header=False))
+                file.write(utils.csv_text(COLUMNS, [row], digits=4, header=False))
                 file.flush()
     except OSError as error:
-        raise UserError(f"{part}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{error.filename or part}: cannot be written ({error.strerror})") from None
     finally:
         if world.size == 1:
             _merge(output)
     world.barrier()
-    if not world.is_main:
-        return []
-    summary, new = _merge(output), set(todo)
-    return [{**summary[key], "skipped": key not in new} for key in images]
+    summary = _merge(output) if world.is_main else {}
+    return [{**summary[key], "skipped": key not in begun} for key in images if summary]
 
 
-def find_images(inputs: Iterable[str | Path], output: Path, summary: Rows) -> dict[str, tuple[Path, Path]]:
-    """The images among `inputs`, each once: its real path -> (path, place below `output` with its ending).
+def find_images(inputs: Sequence[str | Path], output: Path, summary: Rows, passed: list[str]) -> Images:
+    """The images among `inputs`, each once. What else is in folders is added to `passed`, in words.
 
-    Left out are hidden files, links to folders, an `output` below an input, and the files of images in `summary`.
-    Raises `UserError`: an input that is not there, a folder that cannot be listed, no image at all.
+    Left out are hidden files, links to folders, an `output` below an input, summaries, and the files of images in
+    `summary`. Raises `UserError`: an input that is not there, a folder that cannot be listed, no image at all.
     """
-    inputs, root = [Path(item) for item in inputs], output.resolve()
-    found: list[tuple[Path, Path]] = []
-    errors: list[OSError] = []
-    for item in inputs:
-        if not os.path.lexists(item):
-            raise UserError(f"{item}: no such file or folder")
+    root, errors, found, others = os.path.realpath(output), list[OSError](), Images(), Images()
+    for item, place in _expand(inputs):
         if not item.is_dir():
-            found.append((item, Path(item.name)))
+            found.setdefault(os.path.realpath(item), (item, place))
             continue
-        prefix = os.path.basename(os.path.abspath(item)) if len(inputs) > 1 else ""
         for folder, below, names in os.walk(item, onerror=errors.append):
             here = Path(folder)
-            below[:] = [n for n in natural_sort(below) if not n.startswith(".") and (here / n).resolve() != root]
-            names = [n for n in natural_sort(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES and n[0] != "."]
-            found += [(here / name, prefix / here.relative_to(item) / name) for name in names]
+            below[:] = [n for n in natural_sort(below) if n[0] != "." and os.path.realpath(here / n) != root]
+            for path in (here / n for n in natural_sort(names) if n[0] != "." and n not in SUMMARIES):
+                # only a file is opened, not a pipe, say, which would be waited for
+                wanted = is_image(path) if path.is_file() else path.suffix.lower() in IMAGE_SUFFIXES
+                kept = found if wanted else others
+                kept.setdefault(os.path.realpath(path), (path, place / path.relative_to(item)))
     if errors:
         raise UserError(f"{errors[0].filename}: cannot be listed ({errors[0].strerror}); check its permissions")
-    ours = {str(file) for row in summary.values() for file in _files(root, row["name"])}
-    images: dict[str, tuple[Path, Path]] = {}
-    for path, place in found:
-        if (key := os.path.realpath(path)) not in ours:
-            images.setdefault(key, (path, place))
+    ours = {str(file) for row in summary.values() for file in _files(Path(root), row["name"])}
+    images = {key: one for key, one in found.items() if key not in ours}
+    kinds = sorted(others[key][0].suffix.lower() or "without ending" for key in others.keys() - found.keys())
+    counts = Counter(kinds).most_common()
+    passed += [f"; passed over: {', '.join(f'{count} {kind}' for kind, count in counts)}"] if counts else []
     if not images:
-        raise UserError(f"no images found in {', '.join(map(str, inputs))}; endings: {' '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"no images found in {', '.join(map(str, inputs))}{''.join(passed)}; give png, jpg or tif")
     return images
 
 
-def _choose_names(images: dict[str, tuple[Path, Path]], output: Path, summary: Rows) -> dict[str, str]:
+def _expand(inputs: Sequence[str | Path]) -> list[tuple[Path, Path]]:
+    """The files and folders among `inputs`, and in lists among them, each with its place below the output."""
+    found = []
+    for item in map(user_path, inputs):
+        if not os.path.lexists(item):
+            raise UserError(f"{item}: no such file or folder")
+        if item.is_dir():
+            found.append((item, Path(os.path.basename(os.path.abspath(item)) if len(inputs) > 1 else "")))
+        elif item.suffix.lower() not in TEXTS + TABLES:
+            found.append((item, Path(item.name)))
+        elif paths := {path: os.path.abspath(path) for path in _read_list(item)}:
+            base = os.path.abspath(item.parent)
+            if not all(Path(path).is_relative_to(base) for path in paths.values()):
+                base = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+            found += [(path, Path(os.path.relpath(whole, base))) for path, whole in paths.items()]
+    return found
+
+
+def _read_list(path: Path) -> list[Path]:
+    """The paths that the file `path` lists; relative ones count from its own folder.
+
+    A text has a path a line, and `#` begins a comment line. A table has them in its column image, path or input, else in
+    the first. Raises `UserError`: one is not there.
+    """
+    kind, data, is_text = utils.file_kind(path), path.read_bytes(), path.suffix.lower() in TEXTS
+    if kind not in (None, "a text file"):
+        raise UserError(f"{path}: is {kind}")
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as shells of Windows write
+    text = data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape").replace("\0", "?")
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip(" ,;\t")]
+    rows, column = [(number, [line]) for number, line in lines if not is_text or line.lstrip()[0] != "#"], 0
+    if rows and not is_text:
+        delimiter = max(",;\t", key=lines[0][1].count)
+        rows = [(number, next(csv.reader([line[:9999]], delimiter=delimiter))) for number, line in lines]
+        head = [cell.strip().lower() for cell in rows[0][1]]
+        column = next((head.index(name) for name in NAMED if name in head), 0)
+        if head[column] in NAMED or not (Path(head[0]).suffix or os.path.lexists(path.parent / rows[0][1][0])):
+            del rows[0]  # a header
+    paths = []
+    for number, row in rows:
+        entry = "".join(row[column : column + 1]).strip().strip('"')
+        paths.append(path.parent / user_path(entry))
+        if not entry or not os.path.lexists(paths[-1]):
+            raise UserError(f"{path}, line {number}: {paths[-1] if entry else 'no path'}: no such file or folder")
+    return paths
+
+
+def _choose_names(images: Images, output: Path, summary: Rows) -> dict[str, str]:
     """The name of every image: that in the summary, else its place without its ending, or with it where two share one."""
     plain = {key: os.path.splitext(place.as_posix())[0] for key, (_, place) in images.items()}
     uses = Counter(name.casefold() for name in plain.values())  # some file systems do not tell a from A
@@ -142,73 +228,75 @@ def _choose_names(images: dict[str, tuple[Path, Path]], output: Path, summary: R
         new = plain[key] if uses[plain[key].casefold()] == 1 else place.as_posix()
         names[key] = name = summary[key]["name"] if key in summary else new
         if (other := owners.setdefault(name.casefold(), key)) != key:
-            raise UserError(
-                f"{path} and {other}: both would be {output / name}_*; give the folder of both, or two --output"
-            )
-        if key not in summary and (others := [file for file in _files(output, name) if os.path.lexists(file)]):
+            raise UserError(f"{path} and {other}: both are {output / name}_*; give their folder, or two --output")
+        files = _files(output, name) + [output / "summary.json"] * (not summary)
+        if key not in summary and (others := [file for file in files if os.path.lexists(file)]):
             raise UserError(f"{others[0]}: is there already, and not of this command; choose another --output")
     return names
 
 
-def _files(output: Path, name: str) -> list[Path]:
-    """The files of an image's `OUTPUTS`."""
-    return [output / f"{name}_{kind}.png" for kind in OUTPUTS]
+def _files(output: Path, name: str, saves: Sequence[str] = tuple(SAVES)) -> list[Path]:
+    """The files of an image, one for each of `saves`."""
+    return [output / f"{name}_{SAVES[save]}.png" for save in saves]
 
 
-def _is_done(row: dict[str, Any] | None, weights: str, path: Path, output: Path) -> bool:
-    """Whether the image at `path` needs no work: its row says so, and its files are not older than it."""
-    if row is None or row["status"] != DONE or row["weights"] != weights:
-        return False
-    with contextlib.suppress(OSError):
-        return min(file.stat().st_mtime_ns for file in _files(output, row["name"])) >= path.stat().st_mtime_ns
-    return False
-
-
-def _segment(segmenter: Segmenter, path: Path, files: list[Path], large_turn: threading.Lock) -> dict[str, Any]:
+def _segment(segmenter: Segmenter, path: Path, files: dict[str, Path], large_turn: threading.Lock) -> dict[str, Any]:
     """Segment the image at `path` into `files`; its row's other cells. What is wrong with the image is its status."""
     with contextlib.ExitStack() as stack:
         try:
-            if max(len(os.fsencode(file.name)) for file in files) > 255:
+            if max(len(os.fsencode(file.name)) for file in files.values()) > 255:
                 raise UserError("its name is too long: the outputs' would have more than 255 bytes; rename it")
             if np.prod(image_size(path)) > LARGE:
                 stack.enter_context(large_turn)
-            start = time.perf_counter()
+            start, stat = time.perf_counter(), path.stat()
             with out_of_memory("scale the image down, or choose a smaller --working-size"):
-                image = read_image(path)
+                image, remark = load_image(path)
                 fov = find_fov(image)
                 probability = segmenter(image, fov)
                 vessels = probability > segmenter.threshold
+                overlay = vessel_overlay(image, vessels) if "overlay" in files else image
                 probability *= 65535
                 deep = np.rint(probability, out=probability).astype(np.uint16)
-                arrays = deep, vessels.astype(np.uint8) * np.uint8(255), vessel_overlay(image, vessels)
-        except (UserError, RuntimeError, cv2.error) as error:
+        except (UserError, RuntimeError, OSError, cv2.error) as error:
             return {"status": " ".join(str(error).removeprefix(f"{path}: ").split())}
-        create_dir(files[0].parent)
-        for file, array in zip(files, arrays, strict=True):
-            write_image(file, array)  # where this fails it would for all images, so it ends the work
-    row = {"width": vessels.shape[1], "height": vessels.shape[0], "fov_diameter": 0, "status": DONE}
+        utils.create_dir(next(iter(files.values())).parent)
+        arrays = {"masks": vessels * np.uint8(255), "fov": fov * np.uint8(255), "overlay": overlay, "probability": deep}
+        for save, file in files.items():
+            write_image(file, arrays[save])  # where this fails it would for all images, so it ends the work
+    row = {"width": vessels.shape[1], "height": vessels.shape[0], "fov_diameter": 0, "remark": remark, "status": DONE}
+    row |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "seconds": f"{time.perf_counter() - start:.3f}"}
     if inside := np.count_nonzero(fov):
-        row |= {"fov_diameter": round(fov_diameter(fov)), "vessel_share": np.count_nonzero(vessels) / inside}
-    return {**row, "seconds": f"{time.perf_counter() - start:.3f}"}
+        row |= {"fov_diameter": round(fov_diameter(fov)), "vessel_percent": 100 * np.count_nonzero(vessels) / inside}
+    return row
 
 
-def read_summary(path: Path) -> Rows:
-    """The rows of the summary at `path`; none where there is no such file. Raises `UserError`: it is another table."""
-    try:
-        rows = read_csv(path, COLUMNS) if os.path.lexists(path) else []
-    except UserError as error:
-        raise UserError(f"{error}; remove it or choose another --output") from None
-    return {row["input"]: row for row in rows if None not in row.values()}  # a killed process may leave half a row
+def _read_rows(output: Path) -> Rows:
+    """All rows that processes have written into `output`, also those of a killed call. Raises `UserError`: no summary."""
+    summary: Rows = {}
+    for path in (output / "summary.csv", *natural_sort(output.glob(".summary.*.csv"))):
+        try:
+            rows = utils.read_csv(path, COLUMNS) if os.path.lexists(path) else []
+        except UserError as error:
+            raise UserError(f"{error}; remove it or choose another --output") from None
+        # a killed process may leave half a row
+        summary |= {row["input"]: row for row in rows if None not in row.values()}
+    return summary
 
 
 def _merge(output: Path) -> Rows:
-    """Take the rows that processes have written, also those of a killed call, into summary.csv; all its rows."""
-    path, parts = output / "summary.csv", natural_sort(output.glob(".summary.*.csv"))
-    summary = read_summary(path)
-    for part in parts:
-        summary |= read_summary(part)
+    """Take the rows that processes have written, also those of a killed call, into the summaries; all its rows."""
+
+    def number(text: str) -> int | float | str | None:
+        with contextlib.suppress(ValueError):  # some spreadsheets write a decimal comma
+            return int(text) if text.isdecimal() else float(text.replace(",", "."))
+        return text or None
+
+    summary, parts = _read_rows(output), list(output.glob(".summary.*.csv"))
     if parts:
-        write_csv(path, COLUMNS, sorted(summary.values(), key=lambda row: natural_key(row["name"])))
+        rows = sorted(summary.values(), key=lambda row: utils.natural_key(row["name"]))
+        utils.write_csv(output / "summary.csv", COLUMNS, rows)
+        shown = [{name: number(row[name]) if name in NUMBERS else row[name] for name in COLUMNS} for row in rows]
+        utils.write_json(output / "summary.json", shown)
     for part in parts:
         part.unlink()
     return summary
