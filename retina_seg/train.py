@@ -25,7 +25,7 @@ from retina_seg.distributed import World, set_epoch
 from retina_seg.loss import LOSSES
 from retina_seg.model import build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.sets.layout import Pair, list_pairs, mask_remarks
+from retina_seg.sets.layout import Pair, check_masks, list_pairs
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
 from retina_seg.utils import UserError, create_dir, epoch_time, natural_sort, seeding, write_csv, write_json
 
@@ -214,6 +214,7 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
             raise UserError(f"--style {config.style}: choose one of {', '.join(names)}")
         seeding(config.seed)
         model = build_model(config.model, **config.model_arguments, styles=len(opened.datasets))
+    remarks = [] if resume else check_masks(opened.training_pairs) + check_masks(opened.validation_pairs)
     loop = _Loop(config, opened, model, device, world)
     if world.is_main:
         check_run_folder(config, resume, world.size)
@@ -221,6 +222,8 @@ def fit(config: TrainConfig, resume: bool = False, progress: bool = True, world:
     if resume:
         loop.load()
     elif world.is_main:
+        for line in remarks:
+            tqdm.write(line)
         loop.describe()
     progress = progress and world.is_main
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
@@ -274,9 +277,7 @@ class _Loop:
         }
 
     def describe(self) -> None:
-        """Write config.json, and say what is odd about the masks."""
-        for line in mask_remarks([*self.opened.training_pairs, *self.opened.validation_pairs]):
-            tqdm.write(line)
+        """Write config.json."""
         value = {
             "config": dataclasses.asdict(self.config),
             "parameters": count_parameters(self.model),

@@ -178,6 +178,11 @@ def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, hal
 
 def as_image(image: np.ndarray) -> np.ndarray:
     """`image` as (H, W, 3) uint8; grey (H, W) gets equal channels. Raises `ValueError`: another shape or dtype, no pixel."""
+    if image is None:
+        raise ValueError(
+            "an image is a uint8 array (0 to 255), got None: cv2.imread gives None where it cannot read a file; "
+            "use retina_seg.images.read_image, which names the cause"
+        )
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ValueError(f"an image is a uint8 array (0 to 255), got {getattr(image, 'dtype', type(image).__name__)}")
     if image.ndim == 2:
