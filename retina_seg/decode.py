@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -57,14 +57,17 @@ def _heic(file: BinaryIO) -> Frame:
     return _pillow(file, HeifImageFile(file))
 
 
-def _pillow(file: BinaryIO, image: Image.Image | None = None) -> Frame:
+def _pillow(file: BinaryIO, image: Any = None) -> Frame:
     image = image or Image.open(file, formats=FORMATS)
     count, best = 1, 0
     with contextlib.suppress(Exception):  # damage after the first frame
         long = image.format == "GIF" and file.seek(0, io.SEEK_END) > 1 << 24  # whose frames are counted one by one
         count = MAX_FRAMES if long and image.is_animated else getattr(image, "n_frames", 1)
     if count > 1 and image.format in ("MPO", "HEIF"):  # in an animation all have one size
-        sizes = [(image.seek(number), image.size)[1] for number in range(min(count, MAX_FRAMES))]
+        sizes = []
+        for number in range(min(count, MAX_FRAMES)):
+            image.seek(number)
+            sizes.append(image.size)
         image.seek(best := _largest(sizes))
 
     def decode() -> tuple[Image.Image, str]:
@@ -90,7 +93,8 @@ def _pillow(file: BinaryIO, image: Image.Image | None = None) -> Frame:
 def _tiff(file: BinaryIO) -> Frame:
     head = file.read(8)
     head += file.read(8) if head[2] == 43 else b""  # BigTIFF
-    offset, pages = TiffImagePlugin.ImageFileDirectory_v2(head).next, {}
+    offset = TiffImagePlugin.ImageFileDirectory_v2(head).next
+    pages: dict[int, tuple[int, int, Any]] = {}
     with contextlib.suppress(Exception):  # damage after the first page
         while offset and offset not in pages and len(pages) < MAX_FRAMES:
             file.seek(offset)
@@ -133,7 +137,7 @@ def _opencv(content: bytes | bytearray, bits: int, packed: bool = False, alpha: 
         cv2.utils.logging.setLogLevel(level)
     if deep is None or deep.dtype == np.uint8:
         return None, ""
-    deep = deep >> (16 - bits) if packed else deep  # packed samples come as the high bits of 16
+    deep = np.right_shift(deep, 16 - bits) if packed else deep  # packed samples come as the high bits of 16
     colours, said = scale_to_8_bits(deep if deep.ndim == 2 else deep[:, :, 2::-1], bits)
     image = Image.fromarray(np.ascontiguousarray(colours))
     if deep.ndim == 3 and deep.shape[2] == 4 and alpha:

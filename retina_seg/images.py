@@ -145,7 +145,11 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
     elif len(values) <= FEW:
         dark = [int(value) for value in values if low < value <= 127]
         # the values of resampled edges lie in thin lines
-        solid = [v for v in dark if high <= 127 or cv2.erode(np.uint8(grey == v), np.ones((3, 3)), borderValue=0).any()]
+        solid = [
+            v
+            for v in dark
+            if high <= 127 or cv2.erode((grey == v).astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any()
+        ]
         if solid:
             grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
             which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
