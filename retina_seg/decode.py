@@ -78,7 +78,8 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
         elif image.format == "JPEG2000":
             bits = 16  # at most
         elif image.format == "PPM" and image.tile[0][0] != "ppm_plain":  # the maximum as stated, in two forms
-            bits = 16 if (stated := image.tile[0][3]) == "I;16B" else int(stated[1]).bit_length() if stated[1:] else 0
+            stated = image.tile[0][3]
+            bits = 16 if stated == "I;16B" else stated[1].bit_length() if isinstance(stated, tuple) else 0
         if bits > 8:
             file.seek(0)
             deep, said = _opencv(file.read(), bits)

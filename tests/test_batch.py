@@ -11,7 +11,7 @@ from torch import nn
 from retina_seg import cli, device
 from retina_seg.checkpoint import weights_id
 from retina_seg.fov import find_fov
-from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.inference import batch
 from retina_seg.inference.batch import COLUMNS, DONE, OUTPUTS, predict_images
 from retina_seg.inference.segmenter import Segmenter
@@ -74,7 +74,7 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
     probability = segmenter(image)
     with Image.open(tmp_path / "out/a_probability.png") as deep:
         np.testing.assert_array_equal(np.asarray(deep), np.rint(probability * 65535))
-    vessels = read_grey(tmp_path / "out/a_vessels.png")
+    vessels = read_mask(tmp_path / "out/a_vessels.png")
     np.testing.assert_array_equal(vessels, np.where(probability > 0.4, 255, 0))
     share = float(written[0]["vessel_share"])
     assert 0 < share < 1 and share == pytest.approx((vessels > 0).sum() / find_fov(image).sum(), abs=1e-4)
