@@ -356,7 +356,9 @@ def test_patches_are_bgr_with_the_mask_in_place(tmp_path):
 
 
 def test_the_images_take_turns_from_one_epoch_to_the_next(tmp_path):
-    pairs = [pair_on_disk(tmp_path, str(k), np.full((9, 9, 3), 80 * k + 40, np.uint8), noise(9, 9) // 2) for k in range(3)]
+    pairs = [
+        pair_on_disk(tmp_path, str(k), np.full((9, 9, 3), 80 * k + 40, np.uint8), noise(9, 9) // 2) for k in range(3)
+    ]
     dataset = PatchDataset(pairs, None, 8, 4, Augmentation(exact=1, recolour=0))
     seen = []
     for dataset.epoch in range(2):
