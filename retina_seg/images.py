@@ -8,110 +8,195 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import cv2
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from retina_seg.utils import UserError, atomic_write, natural_sort, user_path
+from retina_seg.decode import FORMATS, as_8_bits, file_format, open_frame, scale_to_8_bits
+from retina_seg.utils import UserError, atomic_write, file_kind, natural_sort, user_path
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp", ".avif"),
+    *(".jp2", ".j2k", ".heic", ".heif", ".dcm", ".dicom"),
+)
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP")
+FEW = 16  # a mask of at most so many values holds classes, not shades
 _REASONS = {
     MemoryError: "is too large for the memory of this machine; scale the image down",
     Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
-    Image.UnidentifiedImageError: "is not an image that can be read; save it as an 8-bit PNG or JPEG",
     PermissionError: "may not be read; check its permissions",
+}
+_OTHERS = {  # what begins so, beyond what `file_kind` knows
+    b"\x93NUMPY": "a NumPy array; write it with retina_seg.images.write_image",
+    b"%!PS": "PostScript; export it as PNG or TIFF",
+    b"\x1aE\xdf\xa3": "a video; save the frame that you need as PNG",
+    b"RIFF": "a video; save the frame that you need as PNG",
 }
 
 
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The decoder of `path` with its header read and its size checked; anything it raises becomes a `UserError`."""
-    path = user_path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+def _unknown(path: Path, start: bytes) -> str:
+    """What a file is that is no image, with the remedy."""
+    other = "a video; save the frame that you need as PNG" if file_format(start) == "video" else None
+    other = other or next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
+    other = other or (None if path.suffix.lower() == ".gz" else file_kind(path))
+    if other is None:
+        return "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
+    return f"is not an image but {other}" + ("" if ";" in other else "; give an image file")
+
+
+def _read(path: str | Path, convert: Callable[[Image.Image], tuple[np.ndarray, str]] | None = None) -> tuple[Any, Any]:
+    """What `convert` makes of the largest frame in a file, and all remarks; without `convert` its height and width.
+
+    Whatever decoders raise becomes a `UserError`.
+    """
+    path, start = user_path(path), b""
     try:
+        if not path.is_file():
+            raise UserError("is not a regular file" if path.exists() else "no such file")
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB; give a smaller file")
-        source: Path | io.BytesIO = path
-        if path.suffix.lower() == ".gz":  # STARE ships im0001.ppm.gz
-            with gzip.open(path) as packed:
-                source = io.BytesIO(packed.read(MAX_BYTES + 1))
-            if source.getbuffer().nbytes > MAX_BYTES:
-                raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; give a smaller file")
-        with Image.open(source, formats=_FORMATS) as image:
-            width, height = image.size
+            raise UserError(f"is larger than {MAX_BYTES >> 20} MiB; give a smaller file")
+        with open(path, "rb") as stored:
+            file: BinaryIO = stored
+            if path.suffix.lower() == ".gz":  # STARE ships im0001.ppm.gz
+                with gzip.open(stored) as packed:
+                    file = io.BytesIO(packed.read(MAX_BYTES + 1))
+                if file.getbuffer().nbytes > MAX_BYTES:
+                    raise UserError(f"unpacks to more than {MAX_BYTES >> 20} MiB; give a smaller file")
+            start = file.read(160)
+            file.seek(0)
+            (height, width), frame, decode = open_frame(file)
             if width * height > MAX_PIXELS:
-                raise UserError(f"{path}: {width}x{height} pixels are more than {MAX_PIXELS:,}; scale the image down")
-            yield image
-    except UserError:
-        raise
+                raise UserError(f"{width}x{height} pixels are more than {MAX_PIXELS:,}; scale the image down")
+            if convert is None:
+                return height, width
+            image, scaled = decode()
+            array, said = convert(image)
+            return array, "; ".join(filter(None, (frame, scaled, said)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path}: {_unknown(path, start)}") from None
     except Exception as error:  # decoders of broken bytes raise anything
         damaged = f"is damaged or cut short ({type(error).__name__}: {str(error)[:80]})"
         why = next((why for kind, why in _REASONS.items() if isinstance(error, kind)), damaged)
         raise UserError(f"{path}: {why}") from None
 
 
-def _upright_8_bit(image: Image.Image, path: str | Path) -> Image.Image:
-    """The image turned by its EXIF orientation; 16-bit grey by its high byte. Raises `UserError`: 32 bits a pixel."""
-    file_format, image = image.format, ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UserError(f"{path}: has 32 bits a pixel; save it as an 8-bit or 16-bit image")
-    return image
+def load_image(path: str | Path) -> tuple[np.ndarray, str]:
+    """Decode a fundus image: (H, W, 3) uint8 RGB, upright by its EXIF orientation, and a remark, "" if it is an ordinary one.
+
+    Grey becomes three equal channels, transparency is laid on black, more than 8 bits are scaled (`decode.scale_to_8_bits`). Of
+    several frames it is the largest. The remark says so: "page 2 of 2; 16 bits, scaled from 12".
+
+    Raises `UserError`: no such file, not an image, damaged, too large, a format whose package is not installed.
+    """
+    return _read(path, lambda image: (np.array(_on_black(image).convert("RGB")), ""))
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode a fundus image: (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+    """The image (H, W, 3) uint8 RGB of `load_image`, which raises the same."""
+    return load_image(path)[0]
 
-    Grey becomes three equal channels, 16 bits become 8, transparency is laid on black; of several frames, the first.
 
-    Raises `UserError`: no such file, not an image, damaged, too large, 32 bits a pixel.
+def as_image(image: Any) -> np.ndarray:
+    """What people hold as an image (H, W, 3) uint8 RGB.
+
+    Args:
+        image: an array or a tensor, (H, W), (H, W, 3 or 4) or, a tensor, (3, H, W): uint8, deeper integers or floats, as
+            `decode.scale_to_8_bits` takes them; a PIL image; or the path of a file.
+
+    Raises `ValueError`: another shape or type. Raises `UserError` as `load_image`.
     """
-    with _opened(path) as opened:
-        image = _upright_8_bit(opened, path)
-        if image.has_transparency_data:
-            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-            image = Image.alpha_composite(black, image.convert("RGBA"))
-        return np.array(image.convert("RGB"))
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if image is None:
+        how = "cv2.imread gives None where it cannot read a file; retina_seg.images.read_image names the cause"
+        raise ValueError(f"an image is an array, a PIL image or a path, got None: {how}")
+    if isinstance(image, Image.Image):
+        image = np.asarray(_on_black(as_8_bits(image)[0]).convert("RGB"))
+    if hasattr(image, "detach"):  # a torch tensor, whose channels are first
+        image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if not isinstance(image, np.ndarray) or image.dtype.kind not in "uif":
+        what = getattr(image, "dtype", type(image).__name__)
+        raise ValueError(f"an image is an array of numbers, a PIL image or a path, got {what}")
+    channels = image.shape[2] if image.ndim == 3 else 3 if image.ndim == 2 else 0
+    if channels not in (1, 3, 4) or 0 in image.shape:
+        raise ValueError(f"an image has shape (H, W, 3) or (H, W), got {image.shape}")
+    if image.dtype != np.uint8:
+        image = scale_to_8_bits(image)[0]
+    if channels == 4:
+        return np.asarray(_on_black(Image.fromarray(np.ascontiguousarray(image))).convert("RGB"))
+    return image if channels == 3 and image.ndim == 3 else np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
 
 
-def load_image(path: str | Path) -> tuple[np.ndarray, str]:
-    """`read_image` and a remark."""
-    return read_image(path), ""
+def load_mask(path: str | Path) -> tuple[np.ndarray, str]:
+    """Decode a mask: (H, W) uint8, vessel above 127, and a remark, "" if it is an ordinary one. Raises as `load_image`.
 
-
-def is_image(path: Path) -> bool:
-    """Whether it is an image, by its ending."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def read_grey(path: str | Path) -> np.ndarray:
-    """Decode a mask or map as stored: (H, W) uint8 grey, upright. Raises `UserError` as `read_image`.
-
-    A palette is looked up: some public sets store inverted ones, so raw indices mean nothing.
+    Grey values are kept, with two exceptions where there are few: if none is above 127, all above the lowest become 255;
+    else those become 255 that are classes of their own, not the grey of resampled edges. Of colours the brightest channel
+    counts, and the alpha channel where all that is not transparent has one colour. A palette is looked up: some public
+    sets store inverted ones.
     """
-    with _opened(path) as image:
-        return np.array(_upright_8_bit(image, path).convert("L"))
+    return _read(path, _vessels)
+
+
+def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
+    """The mask (H, W) uint8 in a decoded image, and the remark of `load_mask`."""
+    said, grey = [], None
+    if image.mode in ("RGBA", "LA", "PA"):
+        pixels = np.asarray(image.convert("RGBA"))
+        opaque = pixels[pixels[:, :, 3] > 0, :3]
+        if 0 not in (len(opaque), 255 - pixels[:, :, 3].min()) and np.all(opaque == opaque[0]):
+            grey, said = pixels[:, :, 3], ["in the alpha channel"]
+        image = _on_black(image)
+    if grey is None and image.mode not in ("1", "L"):
+        pixels = np.asarray(image.convert("RGB"))
+        brightest = pixels.max(axis=2)
+        if np.max(brightest - pixels.min(axis=2)) > 64:  # the noise of JPEG is less
+            grey, said = brightest, ["colours: the brightest channel counts"]
+    grey = np.array(image.convert("L") if grey is None else grey)
+    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    low, high = values[0] if len(values) > 1 else 0, values[-1]
+    if high == 0:
+        said.append("all black, so its image counts as without vessels")
+    elif high <= 127 and len(values) > FEW:
+        said.append(f"its brightest value is {high}, vessel is above 127")
+    elif len(values) <= FEW:
+        dark = [int(value) for value in values if low < value <= 127]
+        # the values of resampled edges lie in thin lines
+        solid = [
+            v
+            for v in dark
+            if high <= 127 or cv2.erode((grey == v).astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any()
+        ]
+        if solid:
+            grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
+            which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
+            said.append(f"values {', '.join(map(str, values))}: {which} are vessel")
+    return grey, "; ".join(said)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """A mask (H, W) uint8 in 0 … 255, vessel above 127; one stored as 0/1 is stretched to 0/255. Raises as `read_image`."""
-    mask = read_grey(path)
-    return mask * 255 if mask.max() == 1 else mask
+    """The mask (H, W) uint8, vessel above 127, of `load_mask`, which raises the same."""
+    return load_mask(path)[0]
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) from the header alone, as stored (before EXIF rotation). Raises `UserError` as `read_image`."""
-    with _opened(path) as image:
-        return image.height, image.width
+    """(height, width) of the frame that `load_image` takes, from the header alone, as stored (before EXIF rotation)."""
+    return _read(path)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -138,6 +223,23 @@ def visible(folder: str | Path) -> list[Path]:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); give a folder that you may read") from None
 
 
+def is_image(path: str | Path) -> bool:
+    """Whether a file is to be read as an image: by its ending (`IMAGE_SUFFIXES`), else by its first bytes."""
+    path = Path(path)
+    if not path.is_file() or path.suffix.lower() in IMAGE_SUFFIXES:
+        return path.is_file()
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        kind = file_format(file.read(160))
+        file.seek(0)
+        if kind == "other":
+            Image.open(file, formats=FORMATS)
+        return kind != "video"
+    return False
+
+
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files in `folder` (not below it) in natural order (2 before 10), hidden ones left out. Raises as `visible`."""
-    return natural_sort(path for path in visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """The images in `folder` (not below it) by `is_image`, in natural order (2 before 10), hidden ones left out.
+
+    Raises `UserError` as `visible`.
+    """
+    return natural_sort(path for path in visible(folder) if is_image(path))

@@ -315,7 +315,7 @@ class _Loop:
 
     def describe(self) -> None:
         """Write config.json, and say what is odd about the masks."""
-        for line in check_masks([*self.opened.training_pairs, *self.opened.validation_pairs]):
+        for line in check_masks(self.opened.training_pairs) + check_masks(self.opened.validation_pairs):
             tqdm.write(line)
         value = {
             "config": dataclasses.asdict(self.config),

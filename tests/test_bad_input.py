@@ -25,7 +25,7 @@ from test_checkpoint import Bomb
 from torch import nn
 
 from retina_seg import cli
-from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.metrics import SCORES
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.utils import read_json, write_json
@@ -165,7 +165,7 @@ def replaced(content, suffix=".png"):
 
 
 def redrawn(change):
-    return lambda path: write_image(path, change(read_grey(path)))
+    return lambda path: write_image(path, change(read_mask(path)))
 
 
 def link(target):

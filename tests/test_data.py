@@ -23,7 +23,6 @@ from retina_seg.sets.layout import (
     load_fov,
     load_pair,
     load_with_fov,
-    mask_remark,
 )
 from retina_seg.sets.names import match_names
 from retina_seg.sets.synthetic import data_or_synthetic
@@ -319,11 +318,11 @@ def test_a_split_that_leaves_a_side_empty_is_refused():
 
 
 def test_pairs_and_fields_of_view_of_two_sizes_are_refused_naming_both_files(tmp_path):
-    pair = pair_on_disk(tmp_path, "a", noise(4, 6, 3), noise(6, 4))
+    pair = pair_on_disk(tmp_path, "a", noise(4, 6, 3), noise(6, 4) // 2)
     for use in (lambda: load_pair(pair.image, pair.mask), lambda: DriveDataset([pair.image], [pair.mask], (8, 8))[0]):
         with pytest.raises(UserError, match="a_image.png.*a_mask.png.*6x4 and 4x6"):
             use()
-    pair = pair_on_disk(tmp_path, "b", noise(4, 6, 3), noise(4, 6), np.ones((5, 5), bool))
+    pair = pair_on_disk(tmp_path, "b", noise(4, 6, 3), noise(4, 6) // 2, np.ones((5, 5), bool))
     with pytest.raises(UserError, match="b_fov.png: differs in size.*b_image.png"):
         load_with_fov(pair)
 
@@ -340,14 +339,17 @@ def test_the_datasets_own_field_of_view_goes_before_a_found_one(tmp_path):
 
 
 def test_odd_masks_are_remarked_on_once_a_kind(tmp_path):
-    for brightest, said in {0: "all black", 1: "0 and 1", 76: "its brightest value is 76", 128: None}.items():
-        remark = mask_remark(np.array([[0, brightest]], np.uint8))
-        assert said in remark if said else remark is None
-    values = [0, 255, 1, 0, 0]
-    pairs = [pair_on_disk(tmp_path, str(k), noise(2, 2, 3), np.full((2, 2), v, np.uint8)) for k, v in enumerate(values)]
+    vessel = np.eye(4, dtype=np.uint8)
+    pairs = [pair_on_disk(tmp_path, str(k), noise(4, 4, 3), vessel * v) for k, v in enumerate([0, 255, 1, 0, 0])]
     black, ones = check_masks(pairs)
-    assert black.startswith(f"warning: {pairs[0].mask} and 2 more: the mask is all black")
-    assert ones.startswith(f"warning: {pairs[2].mask}: the mask holds 0 and 1")
+    assert black.startswith(f"warning: {pairs[0].mask} and 2 more: the mask as read: all black")
+    assert ones == f"warning: {pairs[2].mask}: the mask as read: values 0, 1: all above 0 are vessel"
+    with pytest.raises(UserError, match="0_mask.png: is empty, as all 2 masks are"):
+        check_masks([pairs[0], pairs[3]])
+    inverted = pair_on_disk(tmp_path, "inverted", noise(4, 4, 3), 255 - vessel * 255)
+    for refuses in (load_with_fov, lambda pair: check_masks([pairs[1], pair])):
+        with pytest.raises(UserError, match="inverted_mask.png: calls 75 % of the frame vessel; is it inverted"):
+            refuses(inverted)
 
 
 # ------------------------------------------------------------------------------------------------- the original's dataset
@@ -435,7 +437,9 @@ def test_patches_are_bgr_with_the_mask_in_place(tmp_path):
 
 
 def test_the_images_take_turns_from_one_epoch_to_the_next(tmp_path):
-    pairs = [pair_on_disk(tmp_path, str(k), np.full((9, 9, 3), 80 * k + 40, np.uint8), noise(9, 9)) for k in range(3)]
+    pairs = [
+        pair_on_disk(tmp_path, str(k), np.full((9, 9, 3), 80 * k + 40, np.uint8), noise(9, 9) // 2) for k in range(3)
+    ]
     dataset = PatchDataset(pairs, None, 8, 4, Augmentation(exact=1, recolour=0))
     seen = []
     for dataset.epoch in range(2):

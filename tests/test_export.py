@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retina_seg.checkpoint import load_model, save_model
-from retina_seg.images import read_grey, write_image
+from retina_seg.images import read_mask, write_image
 from retina_seg.inference import export
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import build_model
@@ -86,7 +86,7 @@ def test_the_metadata_suffice_to_do_without_torch_what_the_segmenter_does(tmp_pa
     export.export("general", tmp_path / "vessels.onnx")
     write_image(tmp_path / "eye.png", image := synthetic_image(77, 584, 565).image)
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, check=True, timeout=300)
-    result = read_grey(tmp_path / "vessels.png") > 127
+    result = read_mask(tmp_path / "vessels.png") > 127
     expected = Segmenter.load("general", device="cpu", precision="float32").vessels(image)
     assert expected.mean() > 0.02 and 2 * (result & expected).sum() / (result.sum() + expected.sum()) > 0.95  # F1
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from retina_seg.fov import find_discs, find_fov, fov_box, fov_diameter
-from retina_seg.images import read_grey, read_image
+from retina_seg.images import read_image, read_mask
 
 
 def dice(a, b):
@@ -225,7 +225,7 @@ def test_box_and_diameter_by_hand(fov, box, diameter):
 )
 def test_the_public_sets_own_masks_are_found_again(real_data, images, mask, count):
     found = {
-        path.name: dice(find_fov(read_image(path)), read_grey(path.parent / mask.format(path.stem)) > 127)
+        path.name: dice(find_fov(read_image(path)), read_mask(path.parent / mask.format(path.stem)) > 127)
         for path in real_data.glob(images)
     }
     assert len(found) == count

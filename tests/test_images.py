@@ -1,16 +1,20 @@
 """Images in and out: every format and mode, broken and hostile files, names, and writing whole or not at all."""
 
 import gzip
+import io
 import os
 import struct
+import sys
 import zlib
 
+import cv2
 import numpy as np
 import pytest
+import tifffile  # of scikit-image
 from PIL import Image
 
 from retina_seg import images
-from retina_seg.images import IMAGE_SUFFIXES, image_size, list_images, read_grey, read_image, read_mask, write_image
+from retina_seg.images import image_size, list_images, load_image, load_mask, read_image, read_mask, write_image
 from retina_seg.utils import UserError
 
 
@@ -39,23 +43,26 @@ def png_header(width, height):
 
 def refused(path, match, sized=False):
     """All readers refuse the file, naming it; a `sized` one has a sound header."""
-    for read in (read_image, read_grey, *(() if sized else (image_size,))):
+    for read in (read_image, read_mask, *(() if sized else (image_size,))):
         with pytest.raises(UserError, match=match) as caught:
             read(path)
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [*IMAGE_SUFFIXES, ".JPG"])
+WRITTEN = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp")
+
+
+@pytest.mark.parametrize("suffix", [*WRITTEN, ".JPG"])
 def test_every_suffix_round_trips_image_and_mask(tmp_path, suffix):
     image, mask = tmp_path / f"image{suffix}", tmp_path / f"mask{suffix}"
     write_image(image, gradient())
     write_image(mask, stripes())
-    assert read_image(image).dtype == read_grey(mask).dtype == np.uint8
+    assert read_image(image).dtype == read_mask(mask).dtype == np.uint8
     assert read_image(image).shape == (*image_size(image), 3) == gradient().shape
     lossy = suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif")  # gif has 256 colours
     assert np.abs(read_image(image).astype(int) - gradient()).mean() <= (8 if lossy else 0)
-    assert np.array_equal(read_grey(mask) > 127, stripes() > 127)
-    assert lossy or np.array_equal(read_grey(mask), stripes())
+    assert np.array_equal(read_mask(mask) > 127, stripes() > 127)
+    assert lossy or np.array_equal(read_mask(mask), stripes())
 
 
 def test_a_gzipped_image_is_unpacked_within_bounds(tmp_path, monkeypatch):
@@ -70,20 +77,38 @@ def test_a_gzipped_image_is_unpacked_within_bounds(tmp_path, monkeypatch):
     refused(packed, ".gz: is larger than")
 
 
-def test_grey_and_colour_become_one_another(tmp_path):
-    grey = gradient()[..., 0]
-    write_image(tmp_path / "a.png", grey)
-    assert np.array_equal(read_image(tmp_path / "a.png"), np.stack([grey] * 3, axis=2))
-    colours = np.array([[[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
-    write_image(tmp_path / "a.png", colours)
-    assert read_grey(tmp_path / "a.png").tolist() == [[255, 0, 76, 150, 29]]  # 0.299, 0.587, 0.114 of 255
+BLOCKS = np.zeros((24, 40), np.uint8)  # vessels 3 pixels wide and more, where classes are solid, and on less than half
+BLOCKS[2:8, 2:38], BLOCKS[12:15, 2:20] = 1, 2
+VESSEL = np.where(BLOCKS > 0, 255, 0).astype(np.uint8)
+SOFT = np.minimum(cv2.blur(VESSEL, (3, 1)), 254)  # 0, 85, 170, 254
+RED, LIT = (np.uint8(channel) * (BLOCKS > 0)[..., None] for channel in ((255, 0, 0), (60, 60, 60)))
+COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)[BLOCKS]
+MASKS = {
+    "0 and 1": (BLOCKS.clip(0, 1), VESSEL, "values 0, 1: all above 0 are vessel"),
+    "0 and 127": (BLOCKS.clip(0, 1) * 127, VESSEL, "values 0, 127: all above 0 are vessel"),
+    "classes": (BLOCKS, VESSEL, "values 0, 1, 2: all above 0 are vessel"),
+    "classes with 255": (np.uint8([0, 85, 255])[BLOCKS], VESSEL, "values 0, 85, 255: all above 0 are vessel"),
+    "grey edges": (SOFT, SOFT, ""),
+    "3 and 253": (np.uint8([3, 253, 253])[BLOCKS], np.uint8([3, 253, 253])[BLOCKS], ""),
+    "one class everywhere": (BLOCKS * 0 + 1, BLOCKS * 0 + 255, "values 1: all above 0 are vessel"),
+    "16 bits of 0 and 255": (VESSEL.astype(np.uint16), VESSEL, "16 bits, scaled from 8"),
+    "16 bits of 0 and 1": (BLOCKS.clip(0, 1).astype(np.uint16), VESSEL, "values 0, 1: all above 0 are vessel"),
+    "one channel": (RED, VESSEL, "colours: the brightest channel counts"),
+    "artery and vein": (COLOURS, VESSEL, "colours: the brightest channel counts"),
+    "alpha under black": (np.dstack([RED * 0, VESSEL]), VESSEL, "in the alpha channel"),
+    "alpha under white": (np.dstack([RED * 0 + 255, VESSEL]), VESSEL, "in the alpha channel"),
+    "grey of 60": (LIT, VESSEL, "values 0, 60: all above 0 are vessel"),
+    "dark shades": (gradient()[..., 0] // 3, gradient()[..., 0] // 3, "its brightest value is 85, vessel is above 127"),
+    "black": (BLOCKS * 0, BLOCKS * 0, "all black, so its image counts as without vessels"),
+}
 
 
-@pytest.mark.parametrize(("stored", "read"), [((0, 1), (0, 255)), ((0, 2), (0, 2)), ((0, 0), (0, 0)), ((3, 253),) * 2])
-def test_a_mask_of_0_and_1_is_stretched_and_no_other(tmp_path, stored, read):
-    write_image(tmp_path / "a.png", np.array([stored], np.uint8))
-    assert read_mask(tmp_path / "a.png").tolist() == [list(read)]
-    assert read_grey(tmp_path / "a.png").tolist() == [list(stored)]
+@pytest.mark.parametrize(("stored", "expected", "said"), MASKS.values(), ids=MASKS)
+def test_a_mask_is_read_as_it_is_meant_and_what_was_done_is_said(tmp_path, stored, expected, said):
+    Image.fromarray(stored).save(tmp_path / "a.png")
+    mask, remark = load_mask(tmp_path / "a.png")
+    assert np.array_equal(mask, expected) and mask.dtype == np.uint8
+    assert remark.removeprefix("16 bits, scaled from 8; ") == said
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -98,20 +123,119 @@ def test_transparency_is_laid_on_black(tmp_path, mode):
     assert read_image(tmp_path / "a.png").tolist() == [[[10, 20, 30], [0, 0, 0]]]
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
-def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path, suffix):
-    deep = np.array([[0, 255, 256, 0x7FFF, 0x8000, 65535]], np.uint16)
-    write_image(tmp_path / f"a{suffix}", deep)
-    with Image.open(tmp_path / f"a{suffix}") as stored:
-        assert np.array_equal(np.asarray(stored), deep)  # written as sixteen bits
-    grey, colour = read_grey(tmp_path / f"a{suffix}"), read_image(tmp_path / f"a{suffix}")[..., 2]
-    assert grey.tolist() == colour.tolist() == [[0, 0, 1, 127, 128, 255]]
+COLOUR, GREY = gradient(40, 60) & 252, gradient(40, 60)[..., 0] & 252
+WIDE, DEEP = (
+    COLOUR.astype(np.uint16) * 16 + 15,
+    GREY.astype(np.uint16) * 16 + 15,
+)  # 12 bits in 16, the lowest 4 to be cut
+CLEAR = np.dstack([WIDE, WIDE[..., :1] * 0 + 65535])
+SIDEWAYS = {"extratags": [(274, "H", 1, 6, True)]}
+HALF = 255 / 252  # the maximum of GREY becomes 255
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_thirty_two_bits_a_pixel_are_refused_not_guessed(tmp_path, dtype):
-    Image.fromarray(np.ones((3, 4), dtype)).save(tmp_path / "a.tif")
-    refused(tmp_path / "a.tif", "a.tif: has 32 bits a pixel", sized=True)
+def coded(array, suffix):
+    """Writes a file in the format of this ending, by OpenCV."""
+    array = array if array.ndim == 2 else np.ascontiguousarray(array[..., ::-1])
+    return lambda path: path.write_bytes(cv2.imencode(suffix, array)[1])
+
+
+def tiff(array, **options):
+    """Writes a TIFF file whose second page is `array`, its first a part of it."""
+
+    def write(path):
+        options.update({"photometric": "rgb"} if array.ndim == 3 else {})
+        with tifffile.TiffWriter(path, bigtiff=options.pop("bigtiff", False)) as file:
+            file.write(array[:20, :20], **options)
+            file.write(array, **options)
+
+    return write
+
+
+def dicom(array, how, bits, frames=1, jpeg=None):
+    """Writes a DICOM file of an array of `frames` frames, or of these bytes of JPEG."""
+
+    def write(path):
+        pydicom = pytest.importorskip("pydicom", reason="DICOM needs pydicom")
+        data = pydicom.Dataset()
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit if jpeg else pydicom.uid.ExplicitVRLittleEndian
+        data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid()
+        data.Rows, data.Columns, data.SamplesPerPixel = *(shape := array.shape[frames > 1 :])[:2], (*shape, 1)[2]
+        data.PhotometricInterpretation, data.PlanarConfiguration, data.NumberOfFrames = how, 0, frames
+        data.BitsAllocated, data.BitsStored, data.HighBit = 8 * array.dtype.itemsize, bits, bits - 1
+        data.PixelRepresentation = int(array.dtype.kind == "i")
+        data.PixelData = pydicom.encaps.encapsulate(jpeg) if jpeg else array.tobytes()
+        pydicom.dcmwrite(path, data, enforce_file_format=True)
+
+    return write
+
+
+def heic(*frames):
+    def write(path):
+        file = pytest.importorskip("pillow_heif", reason="HEIC needs pillow-heif").HeifFile()
+        for pixels in frames:
+            file.add_from_pillow(Image.fromarray(pixels))
+        file.save(path, format="HEIF", quality=-1, chroma=444)
+
+    return write
+
+
+def jpeg(pixels):
+    """The bytes of a JPEG file."""
+    Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=100, subsampling=0)
+    return file.getvalue()
+
+
+FROM_12, SECOND = "16 bits, scaled from 12", "page 2 of 2; "
+PHOTOS = [
+    *(
+        (coded(a, end), e, FROM_12)
+        for end in (".png", ".tif", ".pnm", ".jp2")
+        for a, e in ((WIDE, COLOUR), (DEEP, GREY))
+    ),
+    *((coded(a * 16, end), e, "") for end in (".png", ".jp2") for a, e in ((WIDE, COLOUR), (DEEP, GREY))),
+    (coded(DEEP >> 2, ".png"), GREY, "16 bits, scaled from 10"),
+    (tiff(DEEP.astype(np.int16) - 500), (DEEP - DEEP.min()) >> 4, SECOND + FROM_12 + ", -485 became 0"),
+    (tiff(WIDE.astype(np.uint32) << 16), COLOUR, SECOND + "32 bits, scaled from 28"),
+    (tiff(np.float32(COLOUR / 255)), COLOUR, SECOND + "floats, scaled from 0 to 1"),
+    (tiff(np.where(GREY == 0, np.nan, GREY / 255)), GREY, SECOND + "floats, scaled from 0 to 1"),
+    (tiff(np.float32(GREY)), GREY, SECOND + "32 bits, scaled from 8"),
+    (tiff(np.float32(GREY / 126 - 1)), np.rint(GREY * HALF), SECOND + "floats, scaled from -1 to 1"),
+    (tiff(4095 - DEEP, photometric="miniswhite"), GREY, SECOND + "16 bits, scaled from 12"),
+    (tiff(CLEAR, extrasamples=["unassalpha"], bigtiff=True), COLOUR, SECOND + FROM_12),
+    (tiff(WIDE, **SIDEWAYS), np.rot90(COLOUR, 3), SECOND + FROM_12),
+    (dicom(GREY, "MONOCHROME2", 8), GREY, ""),
+    (dicom(255 - GREY, "MONOCHROME1", 8), GREY, ""),
+    (dicom(DEEP // 4, "MONOCHROME2", 12), GREY // 4, FROM_12),  # dark, as its bits say
+    (dicom(DEEP, "MONOCHROME2", 16), GREY, FROM_12),
+    (dicom(4095 - DEEP, "MONOCHROME1", 12), GREY, FROM_12),
+    (dicom(COLOUR, "RGB", 8), COLOUR, ""),
+    (dicom(WIDE * 16, "RGB", 16), COLOUR, ""),
+    (dicom(np.stack([COLOUR, 255 - COLOUR]), "RGB", 8, 2), COLOUR, "page 1 of 2"),
+    (dicom(COLOUR[None], "YBR_FULL", 8, 2, [jpeg(COLOUR), jpeg(255 - COLOUR)]), COLOUR, "page 1 of 2"),
+    (heic(COLOUR[:32, :32], COLOUR), COLOUR, "page 2 of 2"),
+]
+
+
+@pytest.mark.parametrize(("write", "expected", "said"), PHOTOS)
+def test_what_is_deep_or_of_another_format_is_read_right_whatever_its_ending(tmp_path, write, expected, said):
+    write(tmp_path / "a")
+    image, remark = load_image(tmp_path / "a")
+    expected = (expected if expected.ndim == 3 else np.dstack([expected] * 3)).astype(int)
+    assert image.shape == expected.shape
+    assert np.abs(image - expected).max() <= (8 if write in [row[0] for row in PHOTOS[-2:]] else 0)  # the lossy ones
+    assert (
+        remark == said and sorted(image_size(tmp_path / "a")) == [40, 60] and list_images(tmp_path) == [tmp_path / "a"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "package"), [(dicom(GREY, "MONOCHROME2", 8), "pydicom"), (heic(GREY), "pillow_heif")]
+)
+def test_a_format_whose_package_is_missing_says_what_to_install(tmp_path, write, package, monkeypatch):
+    write(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, package, None)
+    refused(tmp_path / "a", r'pip install "retina_seg\[formats\]"')
 
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".tif"])
@@ -122,7 +246,7 @@ def test_a_palette_is_decoded_by_colour_never_by_index(tmp_path, palette, suffix
     stored.putpalette([value for grey in palette for value in (grey, grey, grey)])
     stored.save(tmp_path / f"a{suffix}")
     expected = np.array(palette, np.uint8)[index]
-    assert np.array_equal(read_grey(tmp_path / f"a{suffix}"), expected)
+    assert np.array_equal(read_mask(tmp_path / f"a{suffix}"), expected)
     assert np.array_equal(read_image(tmp_path / f"a{suffix}")[..., 1], expected)
 
 
@@ -136,21 +260,28 @@ def test_an_image_is_upright_by_its_exif_orientation(tmp_path, orientation, quar
     Image.fromarray(gradient()).save(tmp_path / "a.png", exif=exif)
     upright = np.rot90(gradient()[:, ::-1] if mirror else gradient(), quarter)
     assert np.array_equal(read_image(tmp_path / "a.png"), upright)
-    assert read_grey(tmp_path / "a.png").shape == upright.shape[:2]
+    assert read_mask(tmp_path / "a.png").shape == upright.shape[:2]
     assert image_size(tmp_path / "a.png") == (13, 22)  # as stored
 
 
-def test_of_several_frames_the_first_is_taken_and_one_bit_is_black_and_white(tmp_path):
-    first, second = Image.fromarray(stripes()), Image.fromarray(255 - stripes())
-    for suffix in (".tif", ".gif"):
-        first.save(tmp_path / f"a{suffix}", save_all=True, append_images=[second])
-        assert np.array_equal(read_grey(tmp_path / f"a{suffix}"), stripes())
+def test_of_several_frames_the_first_of_the_largest_is_taken_and_one_bit_is_black_and_white(tmp_path):
+    small, first, second = (Image.fromarray(a) for a in (stripes(8, 16), stripes(), 255 - stripes()))
+    for suffix, frames, number in (
+        (".tif", (small, first, second), 2),
+        (".gif", (first, second), 1),
+        ("", (small, first), 2),
+    ):
+        kind = {"": "MPO"}.get(suffix, suffix[1:].replace("tif", "tiff"))
+        frames[0].save(tmp_path / f"a{suffix}", kind, save_all=True, append_images=frames[1:])
+        mask, remark = load_mask(tmp_path / f"a{suffix}")
+        assert np.array_equal(mask > 127, stripes() > 127) and remark == f"page {number} of {len(frames)}"
+        assert image_size(tmp_path / f"a{suffix}") == (16, 32)
     for suffix in (".png", ".tif", ".bmp"):
         first.convert("1").save(tmp_path / f"a{suffix}")
-        assert np.array_equal(read_grey(tmp_path / f"a{suffix}"), stripes())
+        assert np.array_equal(read_mask(tmp_path / f"a{suffix}"), stripes())
 
 
-@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+@pytest.mark.parametrize("suffix", WRITTEN)
 def test_a_file_cut_short_is_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"cut{suffix}"
     write_image(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
@@ -159,14 +290,28 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path, suffix):
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # a program
+OTHERS = [
+    (b"", "not an image but an empty file"),
+    (b"a,b\n1,2\n", "not an image but a text file; give an image file"),
+    (b"%PDF-1.4\n", "not an image but a PDF"),
+    (POSTSCRIPT, "not an image but PostScript"),
+    (b"<!DOCTYPE html><html>", "not an image but an HTML page.*download it again"),
+    (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "not an image but a video; save the frame"),
+    (b"\x93NUMPY\1\0", "not an image but a NumPy array; .*write_image"),
+    (bytes(range(200)), "give a PNG, JPEG, TIFF or DICOM file"),
+    (b"\x89PNG\r\n\x1a\n", "not an image|damaged"),
+]
 
 
-@pytest.mark.parametrize("content", [b"", b"text" * 20, b"%PDF-1.4\n", b"\x89PNG\r\n\x1a\n", POSTSCRIPT])
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.ppm.gz"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_is_no_image_is_refused(tmp_path, name, content, packed):
-    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
-    refused(tmp_path / name, "not an image|damaged")
+@pytest.mark.parametrize(("content", "said"), OTHERS)
+def test_what_a_file_is_instead_is_said_and_its_ending_alone_makes_it_an_image(tmp_path, content, said):
+    for name in ("a.png", "a"):
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, said)
+    for packed in (content, gzip.compress(content)):
+        (tmp_path / "a.ppm.gz").write_bytes(packed)
+        refused(tmp_path / "a.ppm.gz", "not an image|damaged")
+    assert list_images(tmp_path) == [tmp_path / "a.png"]
 
 
 def test_a_folder_a_missing_file_and_a_pipe_are_refused(tmp_path):
@@ -222,9 +367,10 @@ def test_where_an_image_cannot_be_written_the_error_names_it(tmp_path):
 def test_list_images_leaves_out_hidden_files_folders_and_other_files(tmp_path):
     for name in ("10.png", "9.JPG", "1.tiff", ".hidden.png", "._1.tiff", "notes.txt", "table.csv", "png", "a.ppm.gz"):
         (tmp_path / name).write_bytes(b"")
+    Image.fromarray(gradient()).save(tmp_path / "11", "JPEG")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder.png" / "5.png").write_bytes(b"")
-    assert [path.name for path in list_images(str(tmp_path))] == ["1.tiff", "9.JPG", "10.png"]
+    assert [path.name for path in list_images(str(tmp_path))] == ["1.tiff", "9.JPG", "10.png", "11"]
     for path in (tmp_path / "missing", tmp_path / "10.png"):
         with pytest.raises(UserError, match=f"{path.name}: cannot be listed"):
             list_images(path)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from retina_seg import sets
-from retina_seg.images import list_images, read_grey, read_image
+from retina_seg.images import list_images, read_image, read_mask
 from retina_seg.sets import prepare
 from retina_seg.sets.layout import list_pairs
 from retina_seg.sets.prepare import SETS, augment_data, load_data, prepare_set, rotated
@@ -120,10 +120,10 @@ def test_native_keeps_names_sizes_and_pixels_and_splits_as_usual(name, tmp_path,
         number = {0: 21, 1: 22, 2: 1, 3: 2}[number] if key == "drive" else number
         if not paths[0].lower().endswith(".jpg"):
             assert np.array_equal(read_image(pair.image), image(number))
-        assert np.array_equal(read_grey(pair.mask), mask(number))  # one of DRIVE's masks has an inverted palette
-        assert np.array_equal(read_grey(pair.fov), field()) if paths[2] else pair.fov is None
+        assert np.array_equal(read_mask(pair.mask), mask(number))  # one of DRIVE's masks has an inverted palette
+        assert np.array_equal(read_mask(pair.fov), field()) if paths[2] else pair.fov is None
         if paths[3] and (key, pair.image.parts[-3]) != ("drive", "train"):
-            assert np.array_equal(read_grey(pair.mask_2nd), mask(number + 1))
+            assert np.array_equal(read_mask(pair.mask_2nd), mask(number + 1))
         else:
             assert pair.mask_2nd is None
         assert pair.photo == pair.name
@@ -138,10 +138,10 @@ def test_drive_at_512_has_the_kaggle_names_and_pixels(tmp_path):
     assert not (root / "train" / "mask_2nd").exists()
     for k, mirrored in enumerate((lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1])):
         assert np.array_equal(read_image(root / f"train/image/{4 + k}.png"), resized(mirrored(image(22))))
-        assert np.array_equal(read_grey(root / f"train/mask/{4 + k}.png"), resized(mirrored(mask(22))))
+        assert np.array_equal(read_mask(root / f"train/mask/{4 + k}.png"), resized(mirrored(mask(22))))
         fov = resized(mirrored(field())) > 127
-        assert np.array_equal(read_grey(root / f"train/fov/{4 + k}.png"), fov * np.uint8(255))
-    assert np.array_equal(read_grey(root / "test/mask_2nd/1.png"), resized(mask(3)))  # 3 and 253 became 0 and 255
+        assert np.array_equal(read_mask(root / f"train/fov/{4 + k}.png"), fov * np.uint8(255))
+    assert np.array_equal(read_mask(root / "test/mask_2nd/1.png"), resized(mask(3)))  # 3 and 253 became 0 and 255
     row = read_csv(root / "photos.csv", ())[6]
     assert ",".join(row) == "part,name,photo,subject,variant,source"
     assert ",".join(row.values()) == "train,6,22_training,22_training,2,22_training.tif"
@@ -155,7 +155,7 @@ def test_the_rotated_variant_depends_on_name_and_seed_alone(tmp_path):
     first, other, more = ((root / "train/image/3.png").read_bytes() for root in roots)
     assert first == more != other
     assert first != (roots[2] / "train/image/7.png").read_bytes()
-    assert set(np.unique(read_grey(roots[0] / "train/fov/3.png"))) == {0, 255}
+    assert set(np.unique(read_mask(roots[0] / "train/fov/3.png"))) == {0, 255}
 
 
 def test_rotation_is_by_the_angle_given_and_the_same_for_all():
@@ -188,7 +188,7 @@ def test_stare_packed_or_not_in_one_folder_or_three(packed, folders, tmp_path, c
     root = run("STARE", source, tmp_path / "set", size="native")
     assert names(root, "train") == ["im0001", "im0002"] and names(root, "test") == ["im0044", "im0077"]
     assert np.array_equal(read_image(root / "test/image/im0044.png"), image(2))
-    assert np.array_equal(read_grey(root / "test/mask_2nd/im0044.png"), mask(3))
+    assert np.array_equal(read_mask(root / "test/mask_2nd/im0044.png"), mask(3))
     assert "1 images without a mask are left out" in capsys.readouterr().out
     sources = [row["source"] for row in read_csv(root / "photos.csv", ())]
     assert sources[::2] == ["im0001.ppm.gz" if packed else "im0001.ppm", "im0044.ppm"]  # what is not packed first
@@ -203,7 +203,7 @@ def test_les_av_as_two_halves_with_artery_and_vein_values(tmp_path):
         save(source / part / "mask" / f"{number}_mask.gif", field())
     root = run("les-av", source, tmp_path / "set", size="native")
     assert names(root, "train", "fov") == ["9", "10"] and names(root, "test") == ["3"]
-    assert np.array_equal(read_grey(root / "train/mask/9.png"), vessels)
+    assert np.array_equal(read_mask(root / "train/mask/9.png"), vessels)
 
 
 def test_everything_into_one_part_and_variants_of_drive_at_512_alone(tmp_path):

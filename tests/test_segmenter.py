@@ -189,6 +189,8 @@ def test_what_is_no_image_is_refused(shape):
     image = np.zeros((8, 8, 3), np.float32) if shape is None else np.zeros(shape, np.uint8)
     with pytest.raises(ValueError, match="image"):
         dark_segmenter()(image)
+    with pytest.raises(ValueError, match="got None: cv2.imread gives None .* retina_seg.images.read_image"):
+        dark_segmenter()(None)
 
 
 def test_a_field_of_view_of_another_shape_or_dtype_is_refused(image):

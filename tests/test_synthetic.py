@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from retina_seg.images import read_grey, read_image
+from retina_seg.images import read_image, read_mask
 from retina_seg.sets.synthetic import data_or_synthetic, synthetic_image, write_set
 from retina_seg.utils import UserError, read_csv
 
@@ -136,7 +136,7 @@ def test_write_set_writes_the_layout_the_same_on_every_run(tmp_path):
         one = synthetic_image(int(row["source"].removeprefix("synthetic seed ")), 80, 100)
         for kind, truth in vars(one).items():
             path = root / row["part"] / kind / f"{row['name']}.png"
-            assert np.array_equal(read_image(path) if kind == "image" else read_grey(path), truth)
+            assert np.array_equal(read_image(path) if kind == "image" else read_mask(path), truth)
     again = write_set(tmp_path / "again", train=3, test=2, size=(80, 100), seed=4, progress=False)
     assert all((root / file).read_bytes() == (again / file).read_bytes() for file in expected)
     other = write_set(tmp_path / "other", train=3, test=2, size=(80, 100), seed=5, progress=False)

@@ -15,7 +15,7 @@ from torch import nn
 
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import find_fov
-from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.inference.protocol import get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.runs import default_output, remarks
@@ -117,7 +117,7 @@ def test_the_threshold_is_the_given_one_else_the_protocols_else_the_checkpoints(
 def test_the_notebook_protocol_scores_the_resized_frame(tmp_path):
     pair = set_of_one(tmp_path, fov=FOV, second=FOV)
     (sample,) = predict_pairs(segmenter((512, 512)), [pair], get_protocol("notebook"))
-    image, mask = (cv2.resize(array, (512, 512)) for array in (read_image(pair.image), read_grey(pair.mask)))
+    image, mask = (cv2.resize(array, (512, 512)) for array in (read_image(pair.image), read_mask(pair.mask)))
     assert np.array_equal(sample.image, image) and np.array_equal(sample.mask, mask > 127)
     assert np.array_equal(sample.fov, cv2.resize(FOV, (512, 512)) > 127)
     assert np.array_equal(sample.second_observer, sample.fov)

@@ -23,7 +23,7 @@ from retina_seg.checkpoint import LAST, load_checkpoint, load_last
 from retina_seg.config import TrainConfig
 from retina_seg.data import DriveDataset, PatchDataset, list_pairs
 from retina_seg.device import training_layout
-from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import attention_unet
@@ -202,7 +202,7 @@ def test_the_threshold_is_chosen_on_held_out_images_and_stored(tiny_set, tmp_pat
 def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     shutil.copytree(tiny_set, tmp_path / "All")
     for path in (tmp_path / "All" / "train" / "mask").iterdir():
-        write_image(path, np.full_like(read_grey(path), 255))
+        write_image(path, np.full_like(read_mask(path), 255))
     data = [str(tmp_path / "All"), str(tiny_set)]
     how = {"styles": "datasets", "normalise": "fov", "threshold": "0.4", "style": "all", "epochs": 12, "patches": 8}
     config = tiny(tiny_set, tmp_path / "run", **how, ema=0.5, augmentation={"recolour": 0})
@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_the_epochs_before(tiny_s
 def test_odd_masks_are_said_as_the_training_starts(tiny_set, tmp_path, capsys):
     data = Path(shutil.copytree(tiny_set, tmp_path / "set"))
     for pair, factor in zip(list_pairs(data, "train"), (1 / 255, 0), strict=False):
-        write_image(pair.mask, np.uint8(read_grey(pair.mask) * factor))
+        write_image(pair.mask, np.uint8(read_mask(pair.mask) * factor))
     fit(tiny(data, tmp_path / "run", epochs=1, frame="resize"), progress=False)
     lines = check_masks(list_pairs(data, "train"))
     assert len(lines) == 2 and capsys.readouterr().out.splitlines() == lines

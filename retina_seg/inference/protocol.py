@@ -12,8 +12,8 @@ import numpy as np
 
 from retina_seg.data import Pair, load_with_fov
 from retina_seg.device import map_threads, memory_kept
-from retina_seg.images import read_mask
 from retina_seg.inference.segmenter import Segmenter
+from retina_seg.sets.layout import load_vessels
 from retina_seg.utils import UserError
 
 
@@ -75,7 +75,7 @@ def predict_pairs(
 
     def one(pair: Pair) -> Any:
         image, mask, fov = load_with_fov(pair)
-        masks = [mask, fov.astype(np.uint8) * 255, *([read_mask(pair.mask_2nd)] if pair.mask_2nd else [])]
+        masks = [mask, fov.astype(np.uint8) * 255, *([load_vessels(pair.mask_2nd)[0]] if pair.mask_2nd else [])]
         if masks[-1].shape != mask.shape:
             raise UserError(f"{pair.mask_2nd}: differs in size from its image {pair.image}")
         # the network measures an image by its own search for the field of view; done here already where it finds the same

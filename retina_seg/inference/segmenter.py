@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from retina_seg.checkpoint import find_weights, load_checkpoint, load_model
 from retina_seg.device import choose_device, choose_precision
 from retina_seg.fov import LARGEST_SIDE, find_discs, fov_diameter
+from retina_seg.images import as_image
 from retina_seg.inference.engine import inference_network
 from retina_seg.model import DEFAULT_STRIDE, AttentionUNet, FastAttentionUNet, count_parameters
 from retina_seg.styles import AUTO, AUTO_STYLES, auto_style
@@ -239,14 +240,3 @@ def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, hal
             part = function(image[y : min(height, bottom + halo), x : min(width, right + halo)])
             result[top:bottom, left:right] = part[top - y : bottom - y, left - x : right - x]
     return result
-
-
-def as_image(image: np.ndarray) -> np.ndarray:
-    """`image` as (H, W, 3) uint8; grey (H, W) gets equal channels. Raises `ValueError`: another shape or dtype, no pixel."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        raise ValueError(f"an image is a uint8 array (0 to 255), got {getattr(image, 'dtype', type(image).__name__)}")
-    if image.ndim == 2:
-        image = np.repeat(image[:, :, None], 3, axis=2)
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"an image has shape (H, W, 3) or (H, W), got {image.shape}")
-    return image

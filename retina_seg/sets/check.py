@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from retina_seg.images import IMAGE_SUFFIXES, read_grey, read_image
+from retina_seg.images import is_image, load_image, load_mask
 from retina_seg.sets.files import ALL, KINDS, PARTS, Data, collect_files, find_set, list_parts
-from retina_seg.sets.layout import mask_remark, photo_ids, read_index
+from retina_seg.sets.layout import photo_ids, read_index
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
@@ -93,7 +93,7 @@ def _check_names(report: SetReport, part: str) -> dict[str, dict[str, Path]]:
     for kind, files in found.files.items():
         folder = found.folders.get(kind)
         here = sorted(folder.glob("[!.]*")) if folder else []
-        others = [path.name for path in here if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file()]
+        others = [path.name for path in here if not is_image(path)]
         alone = [path.name for name, path in files.items() if name not in images]
         without = [path.name for name, path in images.items() if files and name not in files]
         lines = [(others, "files are no images and are ignored")]
@@ -118,7 +118,7 @@ def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]]
         size = None
         for kind, path in ((kind, here[name]) for kind, here in files.items() if name in here):
             try:
-                pixels = read_image(path) if kind == "image" else read_grey(path)
+                pixels, remark = (load_image if kind == "image" else load_mask)(path)
             except UserError as error:
                 report.problems.append(str(error))
                 continue
@@ -126,27 +126,26 @@ def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]]
                 size = pixels.shape[:2]
                 figures.sizes[size] += 1
                 prints.append((part, path, photos[name], fingerprint(pixels)))
+                if remark:
+                    odd[f"images as read: {remark}"].append(path.name)
                 if pixels.min() == pixels.max():
                     report.problems.append(f"{path}: shows nothing, all its pixels are {pixels.max()}")
                 continue
             if size and pixels.shape != size:
                 sizes = " but its image ".join(f"{width}x{height}" for height, width in (pixels.shape, size))
                 report.problems.append(f"{path}: is {sizes}; a mask must have its image's size")
-            share = _check_mask(report, path, pixels, kind, odd)
+            share = _check_mask(report, path, pixels, remark, kind, odd)
             if kind == "mask":
                 figures.vessel.append(share)
     report.warnings += [f"{part}: {len(names)} {what} ({_some(names)})" for what, names in odd.items()]
     return prints
 
 
-def _check_mask(report: SetReport, path: Path, mask: np.ndarray, kind: str, odd: dict[str, list[str]]) -> float:
-    """Report what is wrong with the mask (H, W) uint8; returns its share of vessel."""
+def _check_mask(report: SetReport, path: Path, mask: np.ndarray, remark: str, kind: str, odd: dict) -> float:
+    """Report what is wrong with the mask (H, W) uint8 and its reading; returns its share of vessel."""
     counts = np.bincount(mask.ravel(), minlength=256) / mask.size
-    values, binary = np.count_nonzero(counts), mask.max() == 1
-    share = float(counts[1 if binary else 128 :].sum())
-    if binary:
-        odd[f"{_NAMES[kind]} are of 0 and 1 rather than 0 and 255; they are read as that"].append(path.name)
-    elif remark := mask_remark(mask):
+    values, share = np.count_nonzero(counts), float(counts[128:].sum())
+    if not share:
         report.problems.append(f"{path}: {'is black, so nothing in it would count' if kind == 'fov' else remark}")
     elif counts[32:224].sum() > GREY_SHARE:
         report.problems.append(f"{path}: is no mask: it has {values} values, most of them grey")
@@ -155,6 +154,8 @@ def _check_mask(report: SetReport, path: Path, mask: np.ndarray, kind: str, odd:
     elif values > 2:
         key = f"{_NAMES[kind]} have grey edges, as masks resized bilinearly have (the Kaggle set's too)"
         odd[key].append(f"{path.name}: {values} values")
+    if share and remark:
+        odd[f"{_NAMES[kind]} as read: {remark}"].append(path.name)
     if kind != "fov" and share > 0.5:
         report.problems.append(f"{path}: calls {100 * share:.0f} % of the frame vessel; is it inverted?")
     return share

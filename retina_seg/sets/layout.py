@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from retina_seg.fov import find_fov
-from retina_seg.images import read_grey, read_image, read_mask
+from retina_seg.images import load_mask, read_image, read_mask
 from retina_seg.sets.files import ALL, KINDS, TREE, Data, Root, collect_files, find_set, list_parts, pair_rows
 from retina_seg.utils import UserError, read_csv
 
@@ -142,12 +142,23 @@ def _in_fours(images: dict[str, Path]) -> bool:
     return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
 
 
-def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """An image (H, W, 3) uint8 RGB and its mask (H, W) uint8, 0 to 255; a mask of 0/1 is taken as 0/255.
+def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
+    """As `load_mask`, of a mask of vessels. Raises `UserError` also where most of the frame would be vessel."""
+    mask, remark = load_mask(path)
+    if (share := np.count_nonzero(mask > 127) / mask.size) > 0.5:
+        read = f" (read as {remark})" if remark else ""
+        raise UserError(
+            f"{path}: calls {100 * share:.0f} % of the frame vessel{read}; is it inverted? If so, invert it"
+        )
+    return mask, remark
 
-    Raises `UserError`: a file cannot be read, or the two differ in size.
+
+def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) uint8 RGB and its mask (H, W) uint8, 0 to 255, as `load_image` and `load_vessels` read them.
+
+    Raises `UserError`: a file cannot be read, the two differ in size, or the mask looks inverted.
     """
-    pixels, truth = read_image(image), read_mask(mask)
+    pixels, (truth, _) = read_image(image), load_vessels(mask)
     if pixels.shape[:2] != truth.shape:
         sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels, truth))
         raise UserError(f"{image} and {mask}: differ in size ({sizes}); a mask must have its image's size")
@@ -170,22 +181,18 @@ def load_with_fov(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return image, mask, load_fov(pair, image)
 
 
-def mask_remark(mask: np.ndarray) -> str | None:
-    """What is odd about a mask (H, W) uint8 as stored, in which nothing is above 127; None where nothing is."""
-    highest = int(mask.max())
-    if highest > 127:
-        return None
-    return {
-        0: "is all black, so its image counts as without vessels; look at it",
-        1: "holds 0 and 1 instead of 0 and 255: 1 is taken as vessel",
-    }.get(highest, f"is black where it is read: its brightest value is {highest}, vessel is above 127")
-
-
 def check_masks(pairs: Sequence[Pair]) -> list[str]:
-    """A line for every kind of odd mask among `pairs` (`mask_remark`). Raises `UserError`: a mask cannot be read."""
+    """A line for every kind of odd mask among `pairs`. Raises `UserError`: all are empty; as `load_vessels`."""
     odd: dict[str, list[Path]] = {}
+    empty = 0
     for pair in pairs:
-        if remark := mask_remark(read_grey(pair.mask)):
+        mask, remark = load_vessels(pair.mask)
+        empty += not np.any(mask > 127)
+        if remark:
             odd.setdefault(remark, []).append(pair.mask)
+    if pairs and empty == len(pairs):
+        raise UserError(
+            f"{pairs[0].mask}: is empty, as all {len(pairs)} masks are; give masks in which vessels are white"
+        )
     names = (f"{file} and {len(more)} more" if more else file for file, *more in odd.values())
-    return [f"warning: {name}: the mask {remark}" for name, remark in zip(names, odd, strict=True)]
+    return [f"warning: {name}: the mask as read: {remark}" for name, remark in zip(names, odd, strict=True)]
