@@ -184,9 +184,9 @@ def test_tiled_covers_every_pixel_once_with_its_halo():
     np.testing.assert_array_equal(result, image[..., 1])
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 4), (0, 8, 3), (8,), None])
+@pytest.mark.parametrize("shape", [(8, 8, 5), (0, 8, 3), (8,), None])
 def test_what_is_no_image_is_refused(shape):
-    image = np.zeros((8, 8, 3), np.float32) if shape is None else np.zeros(shape, np.uint8)
+    image = np.zeros((8, 8, 3), bool) if shape is None else np.zeros(shape, np.uint8)
     with pytest.raises(ValueError, match="image"):
         dark_segmenter()(image)
     with pytest.raises(ValueError, match="got None: cv2.imread gives None .* retina_seg.images.read_image"):
