@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -230,4 +231,44 @@ def heat_maps(image: np.ndarray, title: str, maps: dict[str, np.ndarray]) -> Any
         level = np.clip((values - low) / max(high - low, 1e-12) * 255, 0, 255).astype(np.uint8)
         images.append(cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB))
         titles.append(f"{name}\n{low:.2g} to {high:.2g}")
-    return gallery(images, titles, columns=len(images), width=190)
+    return gallery(images, titles, columns=len(images), width=310)
+
+
+def architecture(model: Any, height: int = 512, width: int = 512) -> Any:
+    """The parts of a network in the order in which an image (3, height, width) passes them: a matplotlib figure.
+
+    A part is a module with none but torch's inside. A bar is its output: name, channels, and size where it changes.
+    Arrows are its inputs; skip connections are blue.
+    """
+    import torch
+    from matplotlib.figure import Figure
+
+    network, image = copy.deepcopy(model).cpu().eval(), torch.zeros(1, 3, height, width)
+    calls: list[tuple[Any, ...]] = [("image", None, (), image)]
+    inner = {name: list(part.modules())[1:] for name, part in network.named_modules() if name}
+    parts = [name for name, below in inner.items() if all(type(m).__module__.startswith("torch.") for m in below)]
+    for name in (name for name in parts if name.rpartition(".")[0] not in parts):
+        network.get_submodule(name).register_forward_hook(lambda *call, name=name: calls.append((name, *call)))
+    with torch.inference_mode():
+        network(image)
+    figure = Figure(figsize=(10, 4))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    colours, right = {"NoneType": "0.7"}, 0.0
+    ends: dict[int, tuple[float, float, float]] = {}  # of a tensor by its id: right end, middle and top of its bar
+    for name, part, inputs, output in calls:
+        channels, rows, columns = output.shape[1:]
+        wide, high, middle = math.sqrt(channels) / 10, math.sqrt(rows / height), 2 * math.log2(rows / height)
+        before, left, kind = right, right + 0.5 + 0.06 * len(name), type(part).__name__
+        right, top, label = left + wide, middle + high / 2, None if kind in colours else kind
+        colour = colours.setdefault(kind, f"C{len(colours) - 1}")
+        axis.bar(left, high, wide, middle - high / 2, align="edge", color=colour, label=label)
+        text = f"{name}\n{channels}" + f"\n{columns}x{rows}" * (not inputs or rows != inputs[0].shape[2])
+        axis.text(left + wide / 2, middle - high / 2, text, ha="center", va="top", fontsize=8)
+        for x, y, above in (ends[id(tensor)] for tensor in inputs if id(tensor) in ends):
+            skip = {"color": "C0", "connectionstyle": "bar,armA=-9,armB=-9,fraction=0"} if x != before else {}
+            style = {"arrowstyle": "->", "color": "0.3"} | skip
+            axis.annotate("", (left, above if skip else middle), (x, above if skip else y), arrowprops=style)
+        ends[id(output)] = right, middle, top  # no id comes twice: `calls` keeps the tensors
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, frameon=False)
+    return figure

@@ -10,8 +10,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from retina_seg.model import attention_unet
+from retina_seg.visualize import architecture
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-every_notebook = pytest.mark.parametrize("name", ["data", "loss", "model", "train", "test"])
+NAMES = ["data", "loss", "model", "train", "test", "own_images"]
+every_notebook = pytest.mark.parametrize("name", NAMES)
 TINY = {"size": 64, "epochs": 1, "batch_size": 2}
 TINY_PATCHES = {**TINY, "patches": 2, "validation": "test"}
 
@@ -57,9 +61,11 @@ def run_in_small(tmp_path: Path, tiny_set: Path):
     return run
 
 
-def test_data_and_loss_run(run_in_small):
+def test_those_that_do_not_train_run(run_in_small, tmp_path, tiny_set):
     assert run_in_small("data", SHOWN=2, PATCH_SIZE=64) == 4
     assert run_in_small("loss", SIZE=64, SHIFT=5) == 3
+    own = {"FOLDER": str(tiny_set / "train" / "image"), "OUTPUT": str(tmp_path / "out"), "WEIGHTS": "tiny"}
+    assert run_in_small("own_images", **own) == 5 and len(list(tmp_path.glob("out/*_overlay.png"))) == 4
 
 
 @pytest.mark.parametrize("preset", ["notebook", "quick"])
@@ -68,40 +74,60 @@ def test_train_writes_a_run_and_never_over_one(run_in_small, tmp_path, preset):
     taken.mkdir()
     (taken / "config.json").write_text("{}")
     changes = TINY if preset == "notebook" else TINY_PATCHES
-    outputs = {"OUTPUT": str(taken), "SECOND_OUTPUT": str(other)}
+    outputs = {"OUTPUT": str(taken), "SECOND_OUTPUT": str(other), "LOOP_OUTPUT": str(tmp_path / "loop")}
     assert run_in_small("train", PRESET=preset, CHANGES=changes, SECOND_CHANGES=TINY_PATCHES, **outputs) == 2
     written = {path.name for path in (tmp_path / "run-2").iterdir()}
     assert written == {"checkpoint.pth", "config.json", "curves.png", "history.csv", "last.pth"}
     configs = [json.loads((folder / "config.json").read_text())["config"] for folder in (tmp_path / "run-2", other)]
     assert [(config["preset"], config["size"]) for config in configs] == [(preset, 64), ("quick", 64)]
     assert [path.name for path in taken.iterdir()] == ["config.json"]
+    assert (tmp_path / "loop" / "checkpoint.pth").is_file()
 
 
 def test_model_and_test_use_the_newest_finished_run(run_in_small, tmp_path):
     """`model` trains where there is none; `test` scores that run, not one whose training has not ended."""
     first = {"RUN": str(tmp_path / "run"), "CHANGES": TINY}
-    assert run_in_small("model", **first) == 2
+    assert run_in_small("model", **first) == 4
     (tmp_path / "run").rename(tmp_path / "run-2")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pth").write_bytes((tmp_path / "run-2" / "checkpoint.pth").read_bytes())
     second = {"SECOND_RUN": str(tmp_path / "other"), "SECOND_CHANGES": TINY_PATCHES}
-    assert run_in_small("test", WEIGHTS="tiny", COMPARISON=str(tmp_path / "both"), **first, **second) == 6
+    assert run_in_small("test", COMPARISON=str(tmp_path / "both"), **first, **second) == 5
     assert not (tmp_path / "run" / "metrics.json").exists() and not (tmp_path / "run-3").exists()
     assert (tmp_path / "other" / "metrics.json").is_file() and (tmp_path / "both" / "comparison.csv").is_file()
     value = json.loads((tmp_path / "run-2" / "metrics.json").read_text())
     assert len(value["images"]) == len(list((tmp_path / "run-2" / "images").glob("*_errors.png"))) == 2
 
 
+def test_what_is_trained_is_what_is_tested():
+    """`test` looks where `train` writes, and would train the same; `model` keeps its run elsewhere."""
+    cells = [
+        [cell for cell in read(NOTEBOOKS / f"{name}.ipynb")[1] if cell.metadata] for name in ("model", "train", "test")
+    ]
+    model, train, test = (dict(re.findall(r"^(\w+) = (.*?)(?:  #|$)", cell.source, re.M)) for (cell,) in cells)
+    assert (test["RUN"], test["SECOND_RUN"]) == (train["OUTPUT"], train["SECOND_OUTPUT"])
+    assert all(test[name] == train[name] for name in ("PRESET", "CHANGES", "SECOND", "SECOND_CHANGES"))
+    assert model["RUN"] not in (test["RUN"], test["SECOND_RUN"])
+
+
+def test_the_drawn_network_has_its_own_parts_channels_and_arrows():
+    texts = [text.get_text() for text in architecture(attention_unet(), 32, 48).axes[0].texts]
+    assert [text for text in texts if text][2:4] == ["e1.pool\n32\n24x16", "e2.conv\n64"]
+    assert texts.count("") == 15  # an arrow each: 13 from part to part, 2 past others to the gates
+
+
 @every_notebook
 def test_is_thin(name):
-    """Parameters, calls, figures, prose: what computes lives in the package. Links lead to files that are there."""
+    """Parameters, calls, figures, prose: what computes lives in the package. Links lead to notebooks."""
     notebook, cells, _ = read(NOTEBOOKS / f"{name}.ipynb")
     for cell in cells:
         lines = [line for line in cell.source.splitlines() if line.strip()]
         assert len(lines) <= 25 and max(map(len, lines)) <= 100, cell.source
         assert not [line for line in lines if line.lstrip().startswith(("def ", "class ", "while "))], cell.source
-    for target in re.findall(r"\]\(([^)]+)\)", "\n".join(cell.source for cell in notebook.cells if cell not in cells)):
-        assert (NOTEBOOKS / target).is_file(), target
+        assert not re.search(r"fit\(.*progress", cell.source)  # no training in silence
+    # JupyterLab opens links from the folder it was started in or below it alone: in notebooks/, no other file
+    text = "\n".join(cell.source for cell in notebook.cells if cell not in cells)
+    assert set(re.findall(r"\]\(([^)]+)\)", text)) <= {f"{name}.ipynb" for name in NAMES}
 
 
 @every_notebook
