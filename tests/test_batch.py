@@ -12,7 +12,7 @@ from torch import nn
 from retina_seg import cli
 from retina_seg.checkpoint import find_weights, weights_id
 from retina_seg.fov import find_fov
-from retina_seg.images import read_grey, read_image, write_image
+from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.inference import batch
 from retina_seg.inference.batch import COLUMNS, DONE, NUMBERS, OUTPUTS, SUMMARIES, predict_images
 from retina_seg.inference.segmenter import Segmenter
@@ -76,7 +76,7 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
     probability = segmenter(image)
     with Image.open(tmp_path / "out/a_probability.png") as deep:
         np.testing.assert_array_equal(np.asarray(deep), np.rint(probability * 65535))
-    vessels = read_grey(tmp_path / "out/a_vessels.png")
+    vessels = read_mask(tmp_path / "out/a_vessels.png")
     np.testing.assert_array_equal(vessels, np.where(probability > 0.4, 255, 0))
     percent = float(written[0]["vessel_percent"])
     assert 0 < percent < 100 and percent == pytest.approx(100 * (vessels > 0).sum() / find_fov(image).sum(), rel=1e-3)
@@ -100,7 +100,7 @@ def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_pa
     (tmp_path / "out/summary.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet saves it
     skipped = {row["name"]: row["skipped"] for row in run(segmenter, [images], tmp_path / "out")}
     assert skipped == {"a": True, "b": False, "below/c": False, "d": False}
-    vessels = read_grey(tmp_path / "out/below/c_vessels.png") > 0
+    vessels = read_mask(tmp_path / "out/below/c_vessels.png") > 0
     assert vessels.any() and np.array_equal(vessels, segmenter.vessels(read_image(images / "below/c.tif")))
     assert not any(row["skipped"] for row in run(segmenter, [images], tmp_path / "out", overwrite=True))
     assert len(files(tmp_path / "out")) == 4 * 3 + 2
@@ -118,7 +118,7 @@ def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, 
     assert files(tmp_path / "out").keys() == {f"{name}_vessels.png" for name in ("a", "b", "below/c")} | set(SUMMARIES)
     # one more map of the same image keeps the others; a failure leaves none
     assert not any(row["skipped"] for row in run(segmenter, [images], tmp_path / "out", save="masks, fov"))
-    fov = read_grey(tmp_path / "out/a_fov.png")
+    fov = read_mask(tmp_path / "out/a_fov.png")
     assert np.array_equal(fov, find_fov(read_image(images / "a.png")) * np.uint8(255)) and fov.any()
     (images / "b.jpg").write_bytes(b"")
     rows = run(segmenter, [images], tmp_path / "out", save="fov")
