@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("several processes share train and predict only; run this command without torchrun", 2)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        for module in options.modules:
+            _import(module)
         return options.call(options) or 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -61,6 +64,15 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, list):
         return [_expanded(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _import(module: str) -> None:
+    """Import a user's module, found from the working folder too. Raises `UserError`: there is none, or it fails."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module.removesuffix(".py"))
+    except Exception as error:  # a user's module raises anything
+        raise UserError(f"--import {module}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
 class _Terminated(KeyboardInterrupt):
@@ -115,6 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Retinal vessel segmentation: a light U-Net with two attention gates. Not a medical device.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module first, which registers own networks and losses (register_model, register_loss)",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     presets = "\n".join(["", "presets:", *(f"  {name:<10}{preset.summary}" for name, preset in PRESETS.items())])
     for name, (call, summary, example, arguments) in COMMANDS.items():
