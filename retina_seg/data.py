@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from retina_seg.fov import LARGEST_SIDE, fov_diameter
-from retina_seg.sets.layout import Pair as Pair
-from retina_seg.sets.layout import list_pairs as list_pairs
-from retina_seg.sets.layout import load_pair as load_pair
-from retina_seg.sets.layout import load_with_fov as load_with_fov
+from retina_seg.sets.layout import Pair, list_pairs, load_pair, load_with_fov
 from retina_seg.transforms import (
     Augmentation,
     FovFrame,
@@ -32,6 +29,9 @@ from retina_seg.transforms import (
     to_tensor,
 )
 from retina_seg.utils import UserError
+
+__all__ = ["DriveDataset", "FrameDataset", "Pair", "PatchDataset", "list_pairs", "load_with_fov", "split_by_photo"]
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def split_by_photo(
@@ -57,9 +57,6 @@ def split_by_photo(
     held_out = set(order[fold * count : (fold + 1) * count])
     training = [pair for pair in pairs if pair.subject not in held_out]
     return training, [pair for pair in pairs if pair.subject in held_out]
-
-
-Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class DriveDataset(Dataset[tuple[Tensor, Tensor]]):
