@@ -66,7 +66,7 @@ def test_an_own_network_is_trained_saved_and_used(data: Path, tmp_path: Path) ->
 def test_a_registered_network_and_loss_are_used_by_name(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retina_seg.model.MODELS", MODELS), monkeypatch.setattr("retina_seg.loss.LOSSES", LOSSES)
+    monkeypatch.setitem(MODELS, "my_net", MyNet), monkeypatch.setitem(LOSSES, "my_loss", dice_bce_loss)  # gone after
     register_model("my_net", MyNet)
     register_loss("my_loss", lambda logits, masks: dice_bce_loss(logits, masks) * 2)
     config = short(data, tmp_path / "run", model="my_net", model_arguments={"width": 6}, loss="my_loss")
