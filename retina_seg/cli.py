@@ -309,12 +309,11 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume:
         if not (path := user_path(options.resume) / "config.json").exists():
             raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
-        config = TrainConfig.from_json(path)
         # how it is computed may change with the machine, what is computed may not
         if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)
             raise UserError(f"--resume goes on by the run's own config; leave out {given}, or train anew with --config")
-        config = dataclasses.replace(config, output=options.resume, **changes)
+        config = dataclasses.replace(TrainConfig.from_json(path), output=options.resume, **changes)
     elif options.config:
         config = dataclasses.replace(TrainConfig.from_json(options.config), **changes)
     else:
@@ -348,9 +347,9 @@ def _test(options: argparse.Namespace) -> None:
         missing = "--output" if options.output is None else "--run"
         raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out images")
     names = (options.run, options.protocol, options.part, options.tta, options.working_size, options.style)
-    output, choices = options.output or default_output(*names), _given(options, *EXACT_NAMES)
-    source = options.run or options.checkpoint
-    value = test(source, _data(options), output, options.protocol, options.threshold, options.part, **choices)
+    output = options.output or default_output(*names)
+    how = _given(options, "protocol", "threshold", "part", *EXACT_NAMES)
+    value = test(options.run or options.checkpoint, _data(options), output, **how)
     print(table(value))
     written = f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/"
     _say(*original_lines(value), written)

@@ -113,15 +113,13 @@ class PatchDataset(Dataset):
 
     Args:
         diameter: the field of view's diameter that images are scaled to, pixels; None: the median of these images.
-        size: side of the patches, pixels.
-        patches: how many make an epoch.
+        size: side of the patches, pixels; patches: how many make an epoch.
         normalise: whether the frame normalises light and colour (`transforms.normalise`).
 
     Raises `UserError`: a file cannot be read, a pair of two sizes, a diameter that cannot be.
 
-    Attributes:
-        frame: the working frame of the patches. epoch: set it before each pass.
-        datasets: the datasets' names, sorted; `images` has (image, mask) pairs in the frame by these names.
+    Attributes: `frame`, the working frame of the patches; `epoch`, to be set before each pass; `datasets`, their names,
+    sorted; `images`, (image, mask) pairs in the frame by these names.
     """
 
     def __init__(

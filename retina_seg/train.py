@@ -61,8 +61,11 @@ def train(
         clip: largest norm of the gradient, 0 for none.
         after_step: called after every step (schedule, EMA).
 
-    Returns the mean loss over batches.
-    Raises `ValueError`: the loader is empty. `NotFinite`: the loss or a gradient is not finite; the step was not taken.
+    Returns:
+        The mean loss over batches.
+
+    Raises `ValueError`: the loader is empty. Raises `NotFinite`: the loss or a gradient is not finite; the weights are
+    those before the step.
     """
     device = torch.device(device)
     model.train()

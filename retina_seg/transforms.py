@@ -35,11 +35,7 @@ def mask_to_tensor(mask: np.ndarray) -> Tensor:
 def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
     """Light, contrast and tint taken out: each channel at mean 128 and standard deviation 32 over the field of view.
 
-    Args:
-        image: (H, W, 3) uint8; fov: (H, W) bool.
-
-    Returns:
-        (H, W, 3) uint8, 0 outside the field of view. A channel without contrast is 128.
+    `image` (H, W, 3) uint8, `fov` (H, W) bool -> (H, W, 3) uint8, 0 outside of it. A channel without contrast is 128.
     """
     inside = fov.astype(np.uint8)
     mean, spread = (value.ravel() for value in cv2.meanStdDev(image, mask=inside))
@@ -174,8 +170,7 @@ def frame_from_dict(value: Any) -> Frame:
 def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.ndarray, tuple[slice, slice]]:
     """`image` (H, W[, C]) in zeros, height and width multiples of `stride`; and where it lies in the result.
 
-    Args:
-        margin: strides of zeros at the top and left, and at least as much at the bottom and right.
+    `margin`: strides of zeros at the top and left, and at least as many at the bottom and right.
     """
     height, width = image.shape[:2]
     space = margin * stride
@@ -231,12 +226,8 @@ def augment_geometry(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A patch of image and mask together, rotated, scaled and elastically deformed in a single interpolation.
 
-    Args:
-        image: (H, W, 3) uint8 RGB, the box of the field of view; mask: (H, W) uint8.
-        size: side of the patch, pixels.
-
-    Returns:
-        (size, size, 3) uint8 and (size, size) uint8; black beyond the image.
+    `image` (H, W, 3) uint8 RGB, the box of the field of view, and `mask` (H, W) uint8 -> (size, size, 3) and (size, size)
+    uint8; black beyond the image.
     """
     # patches stay inside the image where it is larger than they are, so that black surround is not learnt at length
     sides = np.array(mask.shape)
