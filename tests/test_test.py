@@ -182,7 +182,7 @@ def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):
     assert written["fov"]["mean"]["f1"] == pytest.approx(np.mean(by_image))
     assert set(written["frame"]) == {"mean", "std", "pooled", "ci95"}
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert [row["name"] for row in rows] == ["0", "1"]
+    assert [row["name"] for row in rows] == ["0", "1"] and list(rows[0]) == list(value.rows[0])
     assert float(rows[1]["fov_auc"]) == pytest.approx(written["images"][1]["fov"]["auc"], abs=1e-6)
     five = written["frame"]["mean"]
     assert original_lines(value)[0].startswith(f"Jaccard: {five['jaccard']:.4f} - F1: {five['f1']:.4f} - Recall: ")
