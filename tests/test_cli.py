@@ -98,7 +98,7 @@ def test_the_public_names_are_listed_and_have_types(tmp_path):
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     assert re.findall(r"user.py:(\d+): error: (.*?) to", said) == [("7", "Argument 1")], said
     types = re.findall(r'Revealed type is "def \(.*\) -> (?:[\w]+\.)*(\w+).*"', said)
-    assert types == ["Segmenter", "TrainConfig", "Run", "tuple", "dict"], said
+    assert types == ["Segmenter", "TrainConfig", "Run", "tuple", "Scores"], said
 
 
 # ------------------------------------------------------------------------------------------------------------- the jobs
@@ -188,9 +188,12 @@ MISTAKES = [
     ("train --data {empty} --output {out}", "no train/image or test/image folder"),
     ("train --data {set} --output {file}", "mine.pth: is a file"),
     ("train --preset fast --config {file}", "--preset and --config: give one of them"),
-    ("train --resume {folder}/nowhere", "config.json: cannot be read"),
+    ("train --resume {folder}/nowhere", "nowhere: holds no run to go on with"),
     ("test --checkpoint {file} --data {set} --output {out}", "mine.pth: is not a checkpoint"),
-    ("test --checkpoint {other} --data {set} --output {out}", "other.pth: the weights are of another architecture"),
+    (
+        "test --checkpoint {other} --data {set} --output {out}",
+        "other.pth: the weights (weight, bias, …) are of another arch",
+    ),
     ("test --checkpoint drive --data {set}", "--output is needed"),
     ("test --run {folder}/nowhere --data {set}", "nowhere: no such checkpoint"),
     ("predict {empty} --output {out}", "no image"),
@@ -201,7 +204,10 @@ MISTAKES = [
     ("degrade --weights {styled} --style thin --data {set} --output {out}", "styled.pth has a, b, balanced"),
     ("degrade --weights tiny --data {folder}/nowhere --output {out}", "nowhere: no such folder"),
     ("degrade --weights tiny --data {set} --output {file}", "mine.pth: is a file"),
-    ("degrade --weights tiny --data {set} --part validation --output {out}", "tiny/config.json: cannot be read"),
+    (
+        "degrade --weights tiny --data {set} --part validation --output {out}",
+        "tiny/config.json: held out no training photos",
+    ),
     ("degrade --weights tiny --data {set} --threshold 2 --output {out}", "--threshold 2"),
     ("prepare drive {folder}/nowhere {out}", "nowhere"),
     ("prepare drive {set} {out} --size tiny", "--size tiny: give a number"),
