@@ -21,8 +21,8 @@ import numpy as np
 
 from retina_seg.fov import find_fov
 from retina_seg.images import load_mask, read_image, read_mask
-from retina_seg.sets.files import ALL, KINDS, TREE, Data, Root, collect_files, find_set, list_parts, pair_rows
-from retina_seg.utils import UserError, read_csv
+from retina_seg.sets.files import KINDS, TREE, Data, Root, collect_files, find_set, list_parts
+from retina_seg.utils import UserError
 
 
 @dataclass(frozen=True)
@@ -85,41 +85,11 @@ def _pairs(root: Root, part: str) -> list[Pair]:
         tail = (f" (and {more} more problems: retina-seg check)" if more else "") + ("" if known else f"; {TREE}")
         raise UserError(found.problems[0] + tail)
     images, masks, fov, mask_2nd = (found.files[kind] for kind in KINDS)
-    photos = photo_ids(root, part, images)
+    dataset = _name(root).lower()
     return [
-        Pair(name, path, masks[name], *photos[name], fov.get(name), mask_2nd.get(name), _name(root).lower())
+        Pair(name, path, masks[name], *found.photos.get(name, (name, name)), fov.get(name), mask_2nd.get(name), dataset)
         for name, path in images.items()
     ]
-
-
-def photo_ids(root: Root, part: str, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """The (photo, subject) of each image: by a table, else by the Kaggle set's order. Raises as `read_index`."""
-    rows = read_index(root)
-    if rows is None and part != "test" and _in_fours(images):
-        return {name: (str(int(name) // 4),) * 2 for name in images}
-    rows = rows or {}
-    # a spreadsheet writes 007 as 7; a dataset without parts has one row a name
-    short = {name: name.lstrip("0") if name.lstrip("0") not in images else name for name in images}
-    keys = {name: [(p, n) for n in (name, short[name]) for p in (part, ALL, "")] for name in images}
-    return {name: next((rows[key] for key in keys[name] if key in rows), (name, name)) for name in images}
-
-
-def read_index(root: Root) -> dict[tuple[str, str], tuple[str, str]] | None:
-    """`photos.csv`, or a list of pairs: (part, name) -> (photo, subject); None without one. Raises `UserError`: it is none."""
-    if isinstance(root, dict):
-        return None
-    if root.is_file():
-        rows = pair_rows(root)
-        if all(row["photo"] == row["subject"] == row["name"] for row in rows):
-            return None
-        return {(row["part"], row["name"]): (row["photo"], row["subject"]) for row in rows}
-    index, columns = root / "photos.csv", ("part", "name", "photo")
-    if not index.is_file():
-        return None
-    rows = read_csv(index, columns)
-    if any(row[key] is None for row in rows for key in columns):
-        raise UserError(f"{index}: has a row that is cut short; mend or remove it")
-    return {(row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"]) for row in rows}
 
 
 def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
@@ -128,18 +98,6 @@ def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
     if both := [pair.image for pair in tested if os.path.realpath(pair.image) in trained]:
         remedy = "give other test images, or use train --validation photos, then test --part validation"
         raise UserError(f"{both[0]}: {len(both)} of {len(tested)} test images are training images; {remedy}")
-
-
-def _in_fours(images: dict[str, Path]) -> bool:
-    """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
-    numbers = sorted(int(name) for name in images if name.isdecimal())
-    if not images or len(images) % 4 or numbers != list(range(len(images))):
-        return False
-    try:
-        first, second = (read_image(path) for path in list(images.values())[:2])
-    except UserError:
-        return True  # whoever reads it next says what is wrong with it; until then the cautious answer
-    return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
 
 
 def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
