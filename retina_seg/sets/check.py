@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from retina_seg.images import is_image, load_image, load_mask, visible
 from retina_seg.sets.files import ALL, KINDS, PARTS, Data, PartFiles, collect_files, find_set, list_parts
+from retina_seg.sets.layout import size_differs
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
@@ -113,7 +114,7 @@ def _check_files(report: SetReport, part: str, found: PartFiles, progress: bool)
     odd: dict[str, list[str]] = defaultdict(list)  # what many masks have in common becomes one line
     prints = []
     for name in tqdm(natural_sort({name for here in files.values() for name in here}), part, disable=not progress):
-        size = None
+        image = None
         for kind, path in ((kind, here[name]) for kind, here in files.items() if name in here):
             try:
                 pixels, remark = (load_image if kind == "image" else load_mask)(path)
@@ -121,17 +122,16 @@ def _check_files(report: SetReport, part: str, found: PartFiles, progress: bool)
                 report.problems.append(str(error))
                 continue
             if kind == "image":
-                size = pixels.shape[:2]
-                figures.sizes[size] += 1
+                image = pixels
+                figures.sizes[pixels.shape[:2]] += 1
                 prints.append((part, path, photos[name], fingerprint(pixels)))
                 if remark:
                     odd[f"images as read: {remark}"].append(path.name)
                 if pixels.min() == pixels.max():
                     report.problems.append(f"{path}: shows nothing, all its pixels are {pixels.max()}")
                 continue
-            if size and pixels.shape != size:
-                sizes = " but its image ".join(f"{width}x{height}" for height, width in (pixels.shape, size))
-                report.problems.append(f"{path}: is {sizes}; a mask must have its image's size")
+            if image is not None and (why := size_differs(path, pixels, files["image"][name], image)):
+                report.problems.append(why)
             share = _check_mask(report, path, pixels, remark, kind, odd)
             if kind == "mask":
                 figures.vessel.append(share)

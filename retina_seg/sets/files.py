@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,17 +70,14 @@ def find_set(data: Data) -> Root:
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
-    for known in (_is_data1, part_folders):
-        for level in folder_levels(data, 4):
-            found = [folder for folder in level if known(folder)]
-            if len(found) > 1:
-                names = ", ".join(str(folder) for folder in found[:3])
-                raise UserError(f"{data}: holds several datasets ({names}); name one of them")
-            if found:
-                return found[0]
-    for folder in (
-        folder for level in folder_levels(data, 4) for folder in level if (folder / "Image_01L.jpg").is_file()
-    ):
+    exact = _topmost(data, lambda folder: any((folder / part / "image").is_dir() for part in PARTS))
+    found = exact or _topmost(data, part_folders)
+    if len(found) > 1:
+        names = ", ".join(str(folder) for folder in found[:3])
+        raise UserError(f"{data}: holds several datasets ({names}); name one of them")
+    if found:
+        return found[0]
+    for folder in _topmost(data, lambda folder: (folder / "Image_01L.jpg").is_file()):
         patterns = f'--images "{folder}/Image_*.jpg" --masks "{folder}/Image_*_1stHO.png"'
         raise UserError(f"{data}: is CHASE_DB1: retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}")
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
@@ -94,8 +91,10 @@ def folder_levels(top: Path, count: int) -> Iterator[list[Path]]:
         level = [below for folder in level for below in visible(folder) if below.is_dir()]
 
 
-def _is_data1(folder: Path) -> bool:
-    return any((folder / part / "image").is_dir() for part in PARTS)
+def _topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
+    """The folders that are `known`, of the first level of `top` that has any, up to three levels below it."""
+    levels = ([folder for folder in level if known(folder)] for level in folder_levels(top, 4))
+    return next(filter(None, levels), [])
 
 
 def _plain(name: str) -> str:
@@ -112,8 +111,7 @@ def part_folders(root: Path) -> dict[str, tuple[Path, dict[str, list[Path]]]]:
     Names as `_PARTS` and `_NAMES`; case, -, _ and space do not matter. The one part is `ALL` where images and masks lie
     in `root` itself.
     """
-    tops = {part: _called(root, _PARTS[part]) for part in PARTS}
-    own = {part: root / part if root / part in paths else paths[0] for part, paths in tops.items() if paths}
+    own = {part: paths[0] for part in PARTS if (paths := _called(root, _PARTS[part]))}
     for parts in (own, {ALL: root}):
         manual = any(_called(top, _MANUAL) for top in parts.values())
         names = _NAMES | ({"mask": _VESSELS, "fov": (*_NAMES["fov"], *_MASKS)} if manual else {})

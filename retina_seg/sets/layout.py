@@ -117,10 +117,17 @@ def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarr
     Raises `UserError`: a file cannot be read, the two differ in size, or the mask looks inverted.
     """
     pixels, (truth, _) = read_image(image), load_vessels(mask)
-    if pixels.shape[:2] != truth.shape:
-        sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels, truth))
-        raise UserError(f"{image} and {mask}: differ in size ({sizes}); a mask must have its image's size")
+    if why := size_differs(mask, truth, image, pixels):
+        raise UserError(why)
     return pixels, truth
+
+
+def size_differs(path: str | Path, mask: np.ndarray, image_path: str | Path, image: np.ndarray) -> str:
+    """The message where a mask (H, W) has another size than its image, else ""."""
+    if mask.shape == image.shape[:2]:
+        return ""
+    own, other = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
+    return f"{path}: is {own} but its image {other} ({image_path}); a mask must have its image's size"
 
 
 def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
@@ -128,8 +135,8 @@ def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
     if pair.fov is None:
         return find_fov(image)
     fov = read_mask(pair.fov) > 127
-    if fov.shape != image.shape[:2]:
-        raise UserError(f"{pair.fov}: differs in size from its image {pair.image}")
+    if why := size_differs(pair.fov, fov, pair.image, image):
+        raise UserError(why)
     return fov
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.files import KINDS
+from retina_seg.sets.files import KINDS, folder_levels
+from retina_seg.sets.layout import size_differs
 from retina_seg.utils import UserError, create_dir, natural_key, user_path, write_csv
 
 SIZE = 512  # the side the original resizes everything to
@@ -159,15 +161,13 @@ def _stem(path: Path) -> str:
 
 def _files_below(source: Path) -> dict[str, Path]:
     """The image files below `source`, by relative path without endings, in natural order: im0001.ppm before its .gz."""
-    found, level = [], [("", source)]
-    for _ in range(SEARCH_DEPTH + 3):  # a set's own files are up to two folders deep
-        here = [(prefix, path) for prefix, folder in level for path in visible(folder)]
-        level = [(f"{prefix}{path.name}/", path) for prefix, path in here if path.is_dir()]
-        found += [(prefix + _stem(path), path) for prefix, path in here if path.is_file()]
+    # a set's own files are up to two folders deep
+    folders = [folder for level in folder_levels(source, SEARCH_DEPTH + 3) for folder in level]
+    paths = [path for folder in folders for path in visible(folder) if path.is_file()]
     files: dict[str, Path] = {}
-    for key, path in sorted(found, key=lambda item: natural_key(_stem(item[1]).lower())):
+    for path in sorted(paths, key=lambda path: natural_key(_stem(path).lower())):
         if path.name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES):
-            files.setdefault(key, path)
+            files.setdefault(path.relative_to(source).with_name(_stem(path)).as_posix(), path)
     return files
 
 
@@ -234,9 +234,8 @@ def _load(raw: RawImage, vessel_above: int) -> Arrays:
     pixels = {"image": read_image(raw.files["image"])}
     for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
-        if array.shape != pixels["image"].shape[:2]:
-            sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels["image"], array))
-            raise UserError(f"{raw.files['image']} and {path}: differ in size ({sizes}); download the two again")
+        if why := size_differs(path, array, raw.files["image"], pixels["image"]):
+            raise UserError(why)
         # DRIVE's second observer decodes to 3 and 253
         pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
     return pixels
@@ -318,17 +317,18 @@ def prepare_set(
         labelled = [replace(image, part=split) for image in labelled]
     augment = raw.name == "DRIVE" and side == SIZE
     rows: list[dict[str, object]] = []
+    counts: Counter[str] = Counter()  # images by part
     with atomic_folder(destination) as folder:
         for image in tqdm(labelled, desc=raw.name, unit="image", disable=not progress):
             many = augment and image.part == "train"
             subject, source_name = image.groups.get("subject", image.name), image.files["image"].name
-            number = [other.part for other in labelled[: labelled.index(image)]].count(image.part)
             for k, pixels in enumerate(_variants(image, raw.vessel_above, side, many, seed)):
                 file = f"{image.name}_{k}" if many else image.name
                 if augment and split == "usual":
-                    file = str(4 * number + k if many else number)
+                    file = str(4 * counts[image.part] + k if many else counts[image.part])
                 for kind, array in pixels.items():
                     write_image(create_dir(folder / image.part / kind) / f"{file}.png", array)
                 rows.append(dict(zip(COLUMNS, (image.part, file, image.name, subject, k, source_name), strict=True)))
+            counts[image.part] += 1
         write_csv(folder / "photos.csv", COLUMNS, rows)
     return destination
