@@ -104,10 +104,8 @@ def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
     """As `load_mask`, of a mask of vessels. Raises `UserError` also where most of the frame would be vessel."""
     mask, remark = load_mask(path)
     if (share := np.count_nonzero(mask > 127) / mask.size) > 0.5:
-        read = f" (read as {remark})" if remark else ""
-        raise UserError(
-            f"{path}: calls {100 * share:.0f} % of the frame vessel{read}; is it inverted? If so, invert it"
-        )
+        what = f"{100 * share:.0f} % of the frame vessel" + (f" (read as {remark})" if remark else "")
+        raise UserError(f"{path}: calls {what}; is it inverted? If so, invert it")
     return mask, remark
 
 
@@ -152,12 +150,10 @@ def check_masks(pairs: Sequence[Pair]) -> list[str]:
     empty = 0
     for pair in pairs:
         mask, remark = load_vessels(pair.mask)
-        empty += not np.any(mask > 127)
+        empty += mask.max() <= 127
         if remark:
             odd.setdefault(remark, []).append(pair.mask)
     if pairs and empty == len(pairs):
-        raise UserError(
-            f"{pairs[0].mask}: is empty, as all {len(pairs)} masks are; give masks in which vessels are white"
-        )
+        raise UserError(f"{pairs[0].mask}: is empty, as all {empty} masks are; give masks in which vessels are white")
     names = (f"{file} and {len(more)} more" if more else file for file, *more in odd.values())
     return [f"warning: {name}: the mask as read: {remark}" for name, remark in zip(names, odd, strict=True)]

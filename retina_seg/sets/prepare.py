@@ -139,19 +139,21 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
     (images,) = found.values()
     labelled = [image for image in images if "mask" in image.files]
     folders = {image.groups.get("folder") for image in labelled}  # DRIVE's site gives no test masks
-    listed = []
+    listed: dict[str, list[RawImage]] = {"train": [], "test": []}
     for image in images:
-        if raw.complete and image not in labelled and image.groups.get("folder") in folders:
+        folder = image.groups.get("folder")
+        if raw.complete and "mask" not in image.files and folder in folders:
             mask = raw.mask.format(**image.groups)
             raise UserError(f"{image.files['image']}: its mask {mask}.* is missing; complete the download")
-        if folder := image.groups.get("folder"):
+        if folder:
             training = folder.lower().startswith("train")
         elif raw.last_train is not None:
             training = int(image.groups["number"]) <= raw.last_train
         else:
             training = image in labelled[: (len(labelled) + 1) // 2]
-        listed.append(replace(image, part="train" if training else "test"))
-    return sorted(listed, key=lambda image: image.part != "train")
+        part = "train" if training else "test"
+        listed[part].append(replace(image, part=part))
+    return listed["train"] + listed["test"]
 
 
 def _stem(path: Path) -> str:
@@ -194,8 +196,8 @@ def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
 
 def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
     """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
-    images = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
-    train, test = ([image.files for image in images if image.part == part] for part in ("train", "test"))
+    raw = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
+    train, test = ([image.files for image in raw if image.part == part] for part in ("train", "test"))
     return tuple(([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
 
 
@@ -224,8 +226,7 @@ def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: 
     if augment:
         yield _resized({kind: array[:, ::-1] for kind, array in pixels.items()}, side)
         yield _resized({kind: array[::-1] for kind, array in pixels.items()}, side)
-        # an angle of its own, whatever other images there are
-        rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])
+        rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])  # whatever other images there are
         yield _resized(rotated(pixels, float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))), side)
 
 
@@ -295,15 +296,14 @@ def prepare_set(
     raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
     if raw is None:
         raise UserError(f"{name}: no such set; choose one of {', '.join(SETS)}")
-    text = str(size)
-    if text != "native" and not (text.isascii() and text.isdecimal() and 1 <= int(text) <= LARGEST_SIDE):
+    side = None if size == "native" else int(size) if str(size).isdecimal() else 0
+    if side is not None and not 1 <= side <= LARGEST_SIDE:
         raise UserError(f"--size {size}: give a number of pixels (up to {LARGEST_SIDE}) or native")
-    side = None if text == "native" else int(text)
     if split not in SPLITS:
         raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
     source, destination = user_path(source), user_path(destination)
     images = list_raw(raw, source)
-    # `resolve` raises where a link leads in a circle
+    # not `resolve`, which raises where a link leads in a circle
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise UserError(f"{destination}: lies inside the raw images {source}; choose a folder elsewhere")
     labelled = [image for image in images if "mask" in image.files]
