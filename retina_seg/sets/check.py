@@ -206,7 +206,6 @@ def _check_copies(report: SetReport, prints: list[tuple[str, Path, str, np.ndarr
         more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
         report.problems.append(f"{file}: is in train too, as {copies[0]}{more}; a score on it is worth nothing")
     for part, pairs in unknown.items():
-        report.warnings.append(
-            f"{part}: {len(pairs)} pairs of files show one photo each but count as different photos ({_some(pairs)}); "
-            "give them one photo in photos.csv, or they may be on both sides of a split"
-        )
+        what = f"{len(pairs)} pairs of files show one photo each but count as different photos ({_some(pairs)})"
+        remedy = "give them one photo in photos.csv, or they may be on both sides of a split"
+        report.warnings.append(f"{part}: {what}; {remedy}")

@@ -56,7 +56,7 @@ class PartFiles:
 def find_set(data: Data) -> Root:
     """The dataset at `data`: a folder in a known layout, or up to three folders below it, as archives unpack; else `data`.
 
-    Raises `UserError`: no such folder or table, none in a known layout, or several.
+    Raises `UserError`: no such folder or table, no dataset in a known layout, or several.
     """
     if isinstance(data, dict):
         if set(data) != {"images", "masks"} or not all(isinstance(value, (str, Path)) for value in data.values()):
@@ -66,7 +66,6 @@ def find_set(data: Data) -> Root:
     if data.is_file():
         if data.suffix.lower() not in (".csv", ".tsv"):
             raise UserError(f"{data}: is {file_kind(data) or 'a file'}; give a folder, or a CSV file of pairs")
-        pair_rows(data)
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
