@@ -61,8 +61,7 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
     image = image or Image.open(file, formats=FORMATS)
     count, best = 1, 0
     with contextlib.suppress(Exception):  # damage after the first frame
-        long = image.format == "GIF" and file.seek(0, io.SEEK_END) > 1 << 24  # whose frames are counted one by one
-        count = MAX_FRAMES if long and image.is_animated else getattr(image, "n_frames", 1)
+        count = getattr(image, "n_frames", 1)
     if count > 1 and image.format in ("MPO", "HEIF"):  # in an animation all have one size
         sizes = []
         for number in range(min(count, MAX_FRAMES)):
@@ -75,11 +74,8 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
         deep, said, bits = None, "", 0
         if image.format == "PNG":
             bits = file.read(25)[24]
-        elif image.format == "JPEG2000":
+        elif image.format in ("JPEG2000", "PPM"):
             bits = 16  # at most
-        elif image.format == "PPM" and image.tile[0][0] != "ppm_plain":  # the maximum as stated, in two forms
-            stated = image.tile[0][3]
-            bits = 16 if stated == "I;16B" else stated[1].bit_length() if isinstance(stated, tuple) else 0
         if bits > 8:
             file.seek(0)
             deep, said = _opencv(file.read(), bits)

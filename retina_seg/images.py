@@ -32,22 +32,22 @@ _REASONS = {
     Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
     PermissionError: "may not be read; check its permissions",
 }
+_VIDEO = "a video; save the frame that you need as PNG"
 _OTHERS = {  # what begins so, beyond what `file_kind` knows
     b"\x93NUMPY": "a NumPy array; write it with retina_seg.images.write_image",
     b"%!PS": "PostScript; export it as PNG or TIFF",
-    b"\x1aE\xdf\xa3": "a video; save the frame that you need as PNG",
-    b"RIFF": "a video; save the frame that you need as PNG",
+    b"\x1aE\xdf\xa3": _VIDEO,
+    b"RIFF": _VIDEO,
 }
 
 
 def _unknown(path: Path, start: bytes) -> str:
     """What a file is that is no image, with the remedy."""
-    other = "a video; save the frame that you need as PNG" if file_format(start) == "video" else None
-    other = other or next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
-    other = other or (None if path.suffix.lower() == ".gz" else file_kind(path))
-    if other is None:
+    known = next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
+    what = _VIDEO if file_format(start) == "video" else known or file_kind(path)
+    if what is None:
         return "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
-    return f"is not an image but {other}" + ("" if ";" in other else "; give an image file")
+    return f"is not an image but {what}" + ("" if ";" in what else "; give an image file")
 
 
 def _read(path: str | Path, convert: Callable[[Image.Image], tuple[np.ndarray, str]] | None = None) -> tuple[Any, Any]:
@@ -132,14 +132,14 @@ def as_image(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray) or image.dtype.kind not in "uif":
         what = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"an image is an array of numbers, a PIL image or a path, got {what}")
-    channels = image.shape[2] if image.ndim == 3 else 3 if image.ndim == 2 else 0
-    if channels not in (1, 3, 4) or 0 in image.shape:
+    image = image[:, :, None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
         raise ValueError(f"an image has shape (H, W, 3) or (H, W), got {image.shape}")
     if image.dtype != np.uint8:
         image = scale_to_8_bits(image)[0]
-    if channels == 4:
+    if image.shape[2] == 4:
         return np.asarray(_on_black(Image.fromarray(np.ascontiguousarray(image))).convert("RGB"))
-    return image if channels == 3 and image.ndim == 3 else np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
 def load_mask(path: str | Path) -> tuple[np.ndarray, str]:
@@ -175,13 +175,10 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
     elif high <= 127 and len(values) > FEW:
         said.append(f"its brightest value is {high}, vessel is above 127")
     elif len(values) <= FEW:
-        dark = [int(value) for value in values if low < value <= 127]
-        # the values of resampled edges lie in thin lines
-        solid = [
-            v
-            for v in dark
-            if high <= 127 or cv2.erode((grey == v).astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any()
-        ]
+        solid = dark = [int(value) for value in values if low < value <= 127]
+        if high > 127:  # then dark ones may be resampled edges, which are thin lines
+            kernel = np.ones((3, 3), np.uint8)
+            solid = [v for v in dark if cv2.erode(np.uint8(grey == v), kernel, borderValue=0).any()]
         if solid:
             grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
             which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
