@@ -80,7 +80,9 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
             file.seek(0)
             deep, said = _opencv(file.read(), bits)
         if deep is None:
-            return as_8_bits(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            upright.format = image.format
+            return as_8_bits(upright)
         deep.getexif().update(image.getexif())
         return ImageOps.exif_transpose(deep), said
 

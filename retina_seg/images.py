@@ -190,7 +190,7 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
         level = np.percentile(grey[grey > high // 4], 90) / 2  # JPEG's noise lifts a few pixels above the mask's white
         if np.count_nonzero((grey > level / 4) & (grey < 1.5 * level)) < MOST_GREY * grey.size:
             grey = np.uint8(255) * (grey > level)
-            said.append(f"many values up to {high}: those above {level:.0f} are vessel")
+            said.append(f"values up to {high}: those above {level:.0f} are vessel")
         elif high <= 127:
             said.append(f"its brightest value is {high}, vessel is above 127")
     return grey, "; ".join(said)

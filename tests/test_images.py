@@ -83,7 +83,7 @@ VESSEL = np.where(BLOCKS > 0, 255, 0).astype(np.uint8)
 SOFT = np.minimum(cv2.blur(VESSEL, (3, 1)), 254)  # 0, 85, 170, 254
 RED, LIT = (np.uint8(channel) * (BLOCKS > 0)[..., None] for channel in ((255, 0, 0), (60, 60, 60)))
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)[BLOCKS]
-THIN = np.where(VESSEL > cv2.erode(VESSEL, np.ones((3, 3))), 100, VESSEL).astype(np.uint8)  # the rims are a class
+THIN = np.where(cv2.erode(VESSEL, np.ones((3, 3))) < VESSEL, 100, VESSEL).astype(np.uint8)  # the rims are a class
 ONE_HOT = np.eye(3, dtype=np.uint8)[:, [2, 0, 1]][BLOCKS] * (BLOCKS > 0)[..., None]
 MASKS = {
     "0 and 1": (BLOCKS.clip(0, 1), VESSEL, "values 0, 1: all above 0 are vessel"),
@@ -116,11 +116,11 @@ def test_a_mask_is_read_as_it_is_meant_and_what_was_done_is_said(tmp_path, store
 
 
 def test_a_dim_mask_in_jpeg_keeps_its_vessels_and_one_below_the_noise_is_refused(tmp_path):
-    large = np.kron(VESSEL > 0, np.ones((8, 8), bool))
+    large = np.kron(VESSEL > 0, np.ones((5, 5), bool))
     for white in (100, 127):
         Image.fromarray(large * np.uint8(white)).save(tmp_path / "a.jpg", quality=75)
         mask, remark = load_mask(tmp_path / "a.jpg")
-        assert np.mean((mask > 127) == large) > 0.99 and remark.startswith("many values up to 1")
+        assert np.mean((mask > 127) == large) > 0.99 and remark.startswith("values up to 1")
     Image.fromarray(VESSEL // 255).save(tmp_path / "a.jpg")
     with pytest.raises(
         UserError, match="a.jpg: has no value above 1, where JPEG has noise of its own; save the mask as PNG"
