@@ -92,7 +92,7 @@ FAULTS = {
         "distributed",
     ),
     "checkpoints that may run code": (
-        "checkpoint",
+        "state_dicts",
         'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False',
         "checkpoint",
@@ -121,7 +121,7 @@ FAULTS = {
         "return fused",
         "engine",
     ),
-    "vessels outside of the field of view": ("inference/segmenter", "probability[~fov] = 0", "pass", "segmenter"),
+    "vessels outside of the field of view": ("inference/segmenter", "result[~fov] = outside or 0", "pass", "segmenter"),
     "masks cut anywhere above black": (
         "inference/protocol",
         "(array > 127 for array in masks)",
