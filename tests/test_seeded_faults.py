@@ -117,7 +117,7 @@ FAULTS = {
     ),
     "fused operations never tried": (
         "inference/engine",
-        "return fused if any_fused and _same_on_noise(fused, network, model.stride, precision) else network",
+        "return fused if _same_on_noise(fused, network, model.stride, precision) else network",
         "return fused",
         "engine",
     ),
