@@ -226,32 +226,34 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
 def _predict(options: argparse.Namespace) -> int:
     from retina_seg.checkpoint import WEIGHTS, find_weights, weights_id
     from retina_seg.distributed import process_group
-    from retina_seg.inference.batch import DONE, predict_images
+    from retina_seg.inference.batch import DONE, plan_images, segment_images
     from retina_seg.inference.segmenter import Segmenter
     from retina_seg.runs import remarks
 
-    path, passed = find_weights(options.weights).resolve(), list[str]()
+    path = find_weights(options.weights).resolve()
     choices = _given(options, "threshold", "working_size", "tta", "style")
     shown = {**choices, "precision": options.precision.replace("auto", "")}
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
     made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
-    how = {**_given(options, "output", "overwrite", "save", "jobs"), "made_with": " ".join(made_with), "passed": passed}
     with process_group() as world:
-        load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
-        segmenter = None if options.dry_run else Segmenter.load(path, **load)
-        rows = predict_images(segmenter, options.images, **how, world=world)
+        how = _given(options, "output", "overwrite", "save")
+        plan = plan_images(options.images, made_with=" ".join(made_with), **how)
+        if not options.dry_run:
+            load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
+            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world)
     if not world.is_main:
         return 0
     _say(*remarks(path))
-    skipped, left = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
+    where = f"{options.output}{plan.passed}"
     if options.dry_run:
-        _say(*(f"{row['input']} -> {Path(options.output, row['name'])}_*" for row in left[:3]))
-        counts = f"dry run: {len(rows) - skipped} to segment, {skipped} done before"
-    else:
-        _say(*(f"retina-seg: {row['input']}: {row['status']}" for row in left), file=sys.stderr)
-        counts = f"{len(rows) - len(left) - skipped} segmented, {skipped} done before, {len(left)} failed"
-    _say(f"{counts}: {options.output}{''.join(passed)}")
-    return int(bool(left and segmenter))
+        _say(*(f"{row['input']} -> {Path(options.output, row['name'])}_*" for row in list(plan.begun.values())[:3]))
+        _say(f"dry run: {len(plan.begun)} to segment, {len(plan.images) - len(plan.begun)} done before: {where}")
+        return 0
+    skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
+    for row in failed:
+        _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
+    return int(bool(failed))
 
 
 @command(

@@ -230,7 +230,7 @@ class FastAttentionUNet(nn.Module):
         """Replace the styles' logits by sums of them, one for each row of `shares`: the last convolution is linear."""
         last, mixed = self.head if self.fine is None else self.fine[-1], torch.tensor(shares)
         for name in ("weight", "bias"):
-            values = getattr(last, name).detach().unflatten(0, (mixed.shape[1], -1))
+            values = getattr(last, name).detach().unflatten(0, (mixed.shape[1], 4 if self.fine is None else 1))
             setattr(last, name, nn.Parameter(torch.tensordot(mixed, values, dims=1).flatten(0, 1)))
         last.out_channels = len(last.bias)
 

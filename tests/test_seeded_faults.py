@@ -92,7 +92,7 @@ FAULTS = {
         "distributed",
     ),
     "checkpoints that may run code": (
-        "checkpoint",
+        "state_dicts",
         'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False',
         "checkpoint",
@@ -117,11 +117,11 @@ FAULTS = {
     ),
     "fused operations never tried": (
         "inference/engine",
-        "return fused if any_fused and _same_on_noise(fused, network, model.stride, precision) else network",
+        "return fused if _same_on_noise(fused, network, model.stride, precision) else network",
         "return fused",
         "engine",
     ),
-    "vessels outside of the field of view": ("inference/segmenter", "probability[~fov] = 0", "pass", "segmenter"),
+    "vessels outside of the field of view": ("inference/segmenter", "result[~fov] = outside or 0", "pass", "segmenter"),
     "masks cut anywhere above black": (
         "inference/protocol",
         "(array > 127 for array in masks)",
