@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from retina_seg.model import MODELS, build_model
-from retina_seg.state_dicts import load_safely, recognised
+from retina_seg.state_dicts import load_safely, recognised, unwrapped
 from retina_seg.styles import AUTO, AUTO_STYLES
 from retina_seg.utils import UserError, atomic_write, user_path
 
@@ -107,7 +107,8 @@ def load_model(
                 how = "load it with model=YourNetwork(), or call retina_seg.model.register_model first"
                 raise UserError(f"network {str(checkpoint['model'])[:80]!r} is not one of this package; {how}")
             model = build_model(checkpoint["model"], **checkpoint["arguments"])
-        model.load_state_dict(weights, strict=True)
+        same = weights.keys() == model.state_dict().keys()
+        model.load_state_dict(weights if same else unwrapped(weights), strict=True)
     except (UserError, TypeError) as error:  # arguments whose names no function can have
         raise UserError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError) as error:

@@ -64,8 +64,13 @@ def unfinished(path: Path, epoch: Any) -> str | None:
 
 
 def remarks(name: str | Path) -> list[str]:
-    """Lines to print about the weights `name` (as `find_weights` takes it): a training that is not finished."""
-    what = unfinished(path := find_weights(name), load_checkpoint(path).get("epoch"))
+    """Lines to print about the weights `name` (as `find_weights` takes it): what is not finished or not known."""
+    checkpoint = load_checkpoint(path := find_weights(name))
+    what = unfinished(path, checkpoint.get("epoch"))
+    if checkpoint["format"] is None and checkpoint["model"] != "attention_unet":
+        what = (
+            "weights alone: the frame they were trained in is not known, 512x512 is assumed; give the whole checkpoint"
+        )
     return [f"note: {path}: {what}"] if what else []
 
 

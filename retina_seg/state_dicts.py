@@ -74,7 +74,7 @@ def recognised(path: Path, value: Any) -> dict[str, Any]:
         names = ", ".join(place or "the dictionary itself" for place in found)[:120]
         remedy = "save one of them: torch.save(model.state_dict(), path)"
         raise UserError(f"{path}: holds several networks ({names}); {remedy}")
-    (weights,), known = map(_unwrapped, found.values()), [(name, {}) for name in MODELS]
+    (weights,), known = map(unwrapped, found.values()), [(name, {}) for name in MODELS]
     known += [(config.model, config.model_arguments) for config in map(TrainConfig.from_preset, PRESETS)]
 
     def differences(kind: tuple[str, dict[str, Any]]) -> int:
@@ -103,7 +103,7 @@ def _state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without the prefixes that all keys share, as "module.", and without what is no part of a network."""
     weights = {key: value for key, value in weights.items() if not _NO_NETWORKS.match(key)}
     shorter = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in weights}

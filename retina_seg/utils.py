@@ -240,8 +240,17 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str,
     write_text(path, csv_text(columns, rows, digits))
 
 
+def read_text(path: str | Path) -> str:
+    """A text in UTF-8 or, as spreadsheets and Windows write, UTF-16. Raises `OSError`: it cannot be read."""
+    data = Path(path).read_bytes()
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape")
+
+
 def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the table at `path`, also as a spreadsheet saves it (byte-order mark, `;` or tab); what a row lacks is None.
+    """The rows of the table at `path`, also as a spreadsheet saves it (UTF-16, `;`, tab, `sep=`); what a row lacks is None.
+
+    Column names lose spaces around them and, where it makes them one of `columns`, their capitals.
 
     Raises `UserError`: it cannot be read, or its header lacks one of `columns`.
     """
@@ -249,11 +258,12 @@ def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: is not a regular file")
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
-            rows, found = list(reader), reader.fieldnames or ()
+        text = re.sub("^sep=.\r?\n", "", read_text(path))
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        names = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = found = [name.lower() if name.lower() in columns else name for name in names]
+        rows = list(reader)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if missing := [name for name in columns if name not in found]:

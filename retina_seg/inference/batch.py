@@ -224,11 +224,10 @@ def _read_list(path: Path) -> list[Path]:
     A text has a path a line, and `#` begins a comment line. A table has them in its column image, path or input, else in
     the first. Raises `UserError`: one is not there.
     """
-    kind, data, is_text = utils.file_kind(path), path.read_bytes(), path.suffix.lower() in TEXTS
+    kind, is_text = utils.file_kind(path), path.suffix.lower() in TEXTS
     if kind not in (None, "a text file"):
         raise UserError(f"{path}: is {kind}")
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as shells of Windows write
-    text = data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape").replace("\0", "?")
+    text = utils.read_text(path).replace("\0", "?")
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip(" ,;\t")]
     rows, column = [(number, [line]) for number, line in lines if not is_text or line.lstrip()[0] != "#"], 0
     if rows and not is_text:

@@ -204,6 +204,8 @@ def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
                 found.problems.append(f"{folder}: holds no images; {remedy}")
         elif needed:
             state = "is the field of view beside 1st_manual, no mask" if folder.is_dir() else "no such folder"
+            if part == "test":
+                remedy += "; without test images, score those that a run held out: test --part validation"
             found.problems.append(f"{folder}: {state}; {remedy}")
 
 

@@ -81,7 +81,7 @@ def _pairs(root: Root, part: str) -> list[Pair]:
     found = collect_files(root, part)
     if found.problems:
         more = len(found.problems) - 1
-        known = isinstance(root, dict) or root.is_file() or all(found.files[kind] for kind in KINDS[:2])
+        known = isinstance(root, dict) or root.is_file() or set(found.files["image"]) & set(found.files["mask"])
         tail = (f" (and {more} more problems: retina-seg check)" if more else "") + ("" if known else f"; {TREE}")
         raise UserError(found.problems[0] + tail)
     images, masks, fov, mask_2nd = (found.files[kind] for kind in KINDS)
