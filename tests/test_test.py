@@ -114,12 +114,13 @@ def test_the_threshold_is_the_given_one_else_the_protocols_else_the_checkpoints(
 
 
 def test_the_notebook_protocol_scores_the_resized_frame(tmp_path):
-    pair = set_of_one(tmp_path, fov=FOV, second=FOV)
+    second = FOV * (np.arange(FOV.shape[1]) < FOV.shape[1] // 2)
+    pair = set_of_one(tmp_path, fov=FOV, second=second)
     (sample,) = predict_pairs(segmenter((512, 512)), [pair], get_protocol("notebook"))
     image, mask = (cv2.resize(array, (512, 512)) for array in (read_image(pair.image), read_mask(pair.mask)))
     assert np.array_equal(sample.image, image) and np.array_equal(sample.mask, mask > 127)
     assert np.array_equal(sample.fov, cv2.resize(FOV, (512, 512)) > 127)
-    assert np.array_equal(sample.second_observer, sample.fov)
+    assert np.array_equal(sample.second_observer, cv2.resize(second, (512, 512)) > 127)
     assert np.array_equal(sample.probability > 0.5, image[..., 0] < 127.5)
     result = score_pairs(segmenter((512, 512)), [pair], "notebook", progress=False)
     five = calculate_metrics(mask / 255, (image[..., 0] / 255 < 0.5).astype(float))
