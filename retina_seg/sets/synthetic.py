@@ -89,8 +89,8 @@ def write_set(
 
     Raises `UserError`: `destination` is a file or not empty, or cannot be written; a count, size or seed out of range.
     """
-    if not (0 <= train <= TEST_SEEDS and 0 <= test <= TEST_SEEDS):
-        raise UserError(f"--train {train}, --test {test}: both must be between 0 and {TEST_SEEDS}")
+    if min(seed, train, test) < 0 or max(train, test) > TEST_SEEDS:
+        raise UserError(f"--seed {seed}, --train {train}, --test {test}: from 0 on, images {TEST_SEEDS} at most")
     first = seed * 2 * TEST_SEEDS
     jobs = [("train", i, first + i) for i in range(train)] + [("test", i, first + TEST_SEEDS + i) for i in range(test)]
     rows = []
