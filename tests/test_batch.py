@@ -276,9 +276,7 @@ def test_what_was_done_before_an_interruption_is_not_done_again(segmenter, image
     ("inputs", "taken", "said"),
     [
         ("notes", "notes/1.PDF", "no images found in .*notes; passed over: 1 .pdf"),
-        ("nowhere", "nothing", "nowhere: no such file"),
         ("images", "out/summary.json", "summary.json: is there already"),
-        ("images", "out/summary.csv", "summary.csv: is not a table.*choose another --output"),
         ("images", "out/below", "below: is a file"),
     ],
 )
@@ -299,10 +297,13 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     arguments = ["predict", "~/images", "--output", "~/out", "--weights", "tiny"]
     assert cli.main([*arguments, "--dry-run", "--style", "none"]) == 0 and not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
-    assert "/a.png -> ~/out/a_*" in shown and "dry run: 4 to segment, 0 done before" in shown
+    assert f"/a.png -> {tmp_path}/out/a_*" in shown and "dry run: 4 to segment, 0 done before" in shown
     assert cli.main(arguments) == 1
     shown = "".join(capsys.readouterr())
-    assert "3 segmented, 0 done before, 1 failed: ~/out; passed over: 3 without ending, 2 .txt, 1 .csv\n" in shown
+    assert (
+        f"3 segmented, 0 done before, 1 failed: {tmp_path}/out; passed over: 3 without ending, 2 .txt, 1 .csv\n"
+        in shown
+    )
     assert "bad\\none.png: is not an image" in shown
     (images / "bad\none.png").unlink()
     assert cli.main(arguments) == 0 and "0 segmented, 3 done before" in capsys.readouterr().out

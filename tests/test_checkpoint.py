@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import shaken
+from conftest import shaken
 from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
 from retina_seg import checkpoint

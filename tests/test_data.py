@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import noise
 
 from retina_seg.data import DriveDataset, FrameDataset, PatchDataset, split_by_photo
 from retina_seg.fov import find_fov, fov_diameter
@@ -28,10 +29,6 @@ from retina_seg.sets.names import match_names
 from retina_seg.sets.synthetic import data_or_synthetic
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def eye(side=121, diameter=101, seed=0):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the public names have types
 
     assert_type(fit(TrainConfig.fast()), Run)
     assert_type(score("drive", "Data1"), Scores)
-    assert_type(load_model("drive"), tuple[Any, dict[str, Any]])
+    assert_type(load_model("drive"), tuple[nn.Module, dict[str, Any]])
     assert_type(Segmenter.load("drive"), Segmenter)
     fit(3)  # type: ignore[arg-type]
 

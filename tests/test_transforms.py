@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import noise
 
 from retina_seg.transforms import (
     Augmentation,
@@ -23,10 +24,6 @@ from retina_seg.transforms import (
 from retina_seg.utils import UserError
 
 STILL = Augmentation(**{**dict.fromkeys(Augmentation.__dataclass_fields__, 0), "flip": False})
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def box_fov(shape, top, left, bottom, right):
