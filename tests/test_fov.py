@@ -76,13 +76,6 @@ def test_what_is_bright_beside_the_disc_does_not_count(name):
     assert not found[:, :60].any()
 
 
-def test_a_dark_patch_at_the_rim_belongs_to_the_disc():
-    truth = disc(300, 300, 140)
-    image = retina(truth)
-    image[disc(300, 300, 25, (150, 20))] = 0
-    assert dice(find_fov(image), truth) > 0.98
-
-
 def dark_side(image, fov):
     """The light falls off towards the lower left, to nothing at the rim."""
     y, x = np.indices(fov.shape)
@@ -133,6 +126,8 @@ SITUATIONS = {  # name: (the field of view, what happens to its image)
     ),
     "cut flat inside the frame": (ROUND & (ROWS >= 40) & (ROWS < 262), lambda image, fov: image * fov[..., None]),
     "longer axis": (OVAL, lambda image, _: image),
+    "dark patch at the rim": (ROUND, lambda image, _: np.where(disc(300, 400, 25, (150, 70))[..., None], 0, image)),
+    "grey": (ROUND, lambda image, _: image.max(axis=2, keepdims=True).repeat(3, axis=2)),
 }
 
 
@@ -180,11 +175,8 @@ def test_what_is_no_disc_is_taken_as_its_convex_hull():
     assert dice(found, truth) > 0.99
 
 
-def test_a_grey_image_and_one_with_odd_strides_have_their_disc_too():
-    truth = disc(200, 220, 90)
-    image = retina(truth)
-    assert dice(find_fov(np.stack([image.max(axis=2)] * 3, axis=2)), truth) > 0.98
-    view = image[::-1, :, ::-1]
+def test_an_image_with_odd_strides_has_its_disc_too():
+    view = retina(disc(200, 220, 90))[::-1, :, ::-1]
     assert np.array_equal(find_fov(view), find_fov(np.ascontiguousarray(view)))
 
 
