@@ -1,9 +1,51 @@
-"""Fixtures all test files share."""
+"""Fixtures and helpers all test files share."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """uint8 of this shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file with its length and checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, rows: bytes = bytes(99), bits: int = 8, colour: int = 2) -> bytes:
+    """A PNG file that claims a size, whatever its rows hold."""
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def shaken(model, seed: int = 0):
+    """The model in evaluation mode, its batch normalisation far from the identity, so that no term can be left out."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        tensors = (module.weight, module.bias, module.running_mean, module.running_var)
+        for tensor, low, high in zip(tensors, (0.5, -0.5, -0.3, 0.5), (1.5, 0.5, 0.3, 2.0), strict=True):
+            tensor.data.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def call(*arguments: object) -> int:
+    """The command in this process: its exit status, the parser's own too."""
+    from retina_seg import cli
+
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 @pytest.fixture(scope="session")

@@ -45,13 +45,13 @@ def test_calls_take_turns_the_second_time_counts_and_the_first_round_does_not(tr
 
 
 def test_the_baselines_test_gives_the_five_scores_of_our_scorer(trained, tiny_set, tmp_path):
-    pairs = list_pairs(tiny_set, "test")
+    pairs = list_pairs(tiny_set, "test")[:1]
     segmenter = Segmenter.load(trained, device="cpu", precision="float32")
     theirs = bench.baseline_test(segmenter.model, pairs, tmp_path, segmenter.device)()
     ours = score_pairs(segmenter, pairs, progress=False)["images"]
     names = ("jaccard", "f1", "recall", "precision", "accuracy")
     np.testing.assert_allclose(theirs, [[row["frame"][name] for name in names] for row in ours], atol=2e-4)
-    assert 0.05 < theirs[0][1] < 1 and len(list(tmp_path.glob("*.png"))) == 2
+    assert 0.05 < theirs[0][1] < 1 and len(list(tmp_path.glob("*.png"))) == 1
 
 
 def test_everything_is_measured_and_nothing_else_is_printed(trained, tmp_path, capfd):

@@ -102,14 +102,6 @@ def test_the_index_is_compared_with_the_files_and_counts_variants_once(clean):
     assert "photos.csv" in text and "columns part, name, photo" in text
 
 
-def test_files_without_a_partner_are_all_listed(clean):
-    for file in ("train/mask/p1.png", "train/mask/p2.png", "test/image/p3.png"):
-        (clean / file).unlink()
-    expected = [clean / file for file in ("train/image/p1.png", "train/image/p2.png", "test/mask/p3.png")]
-    problems = check_set(clean, progress=False).problems
-    assert [text.split(" no partner")[0] for text in problems] == [f"{file}: has" for file in expected]
-
-
 def test_odd_files(clean):
     put(clean / "train/fov/other.png", FIELD)
     only(clean, "warnings", "fov: 1 files have no image (other.png)")
@@ -120,8 +112,6 @@ def test_odd_files(clean):
     (clean / "train/image/Thumbs.db").write_bytes(b"x")
     only(clean, "warnings", "1 files are no images", "Thumbs.db")
     (clean / "train/image/Thumbs.db").unlink()
-    put(clean / "train/image/p1.jpg", image(1))
-    only(clean, "problems", f"{clean / 'train/image'}: two files are called p1")
 
 
 def test_missing_folders_and_parts(clean):

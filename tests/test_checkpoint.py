@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import shaken
+from conftest import shaken
 from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
 from retina_seg import checkpoint
@@ -63,13 +63,8 @@ def test_a_checkpoint_with_styles_loads_as_its_default_or_the_one_asked_for(tmp_
             assert torch.allclose(loaded(x), expected, atol=1e-5) and notes["style"] == (style or "bold")
     with pytest.raises(UserError, match="--style thin: .*checkpoint.pth has fine, bold, balanced"):
         load_model(path, "thin")
-    for styles, style in (
-        ({"bold": [1.0]}, "fine"),
-        ({"bold": [1.0]}, "bold"),
-        ({"bold": [1.0, 0.0, 0.0]}, "bold"),
-        ({"bold": "x"}, "bold"),
-    ):
-        save_model(path, model, "fast_attention_unet", arguments, styles=styles, style=style)
+    for style, shares in (("fine", [1.0]), ("bold", [1.0]), ("bold", [1.0, 0.0, 0.0]), ("bold", "x")):
+        save_model(path, model, "fast_attention_unet", arguments, styles={"bold": shares}, style=style)
         with pytest.raises(UserError, match=f"checkpoint.pth: its style {style} does not fit its network"):
             load_model(path)
     with pytest.raises(UserError, match="--style fine: .*drive.pth has no styles"):
@@ -185,7 +180,7 @@ def test_a_checkpoint_that_is_incomplete_or_of_another_network_is_refused(saved,
         load_model(saved)
 
 
-@pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share):
     resource = pytest.importorskip("resource")
     before, limit = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -86,10 +86,8 @@ def test_a_value_that_cannot_be_is_refused_by_its_option(changes, said, tmp_path
 def test_a_name_or_a_file_that_is_no_config_is_refused(tmp_path):
     with pytest.raises(UserError, match="--preset slow: choose one of notebook, fast"):
         TrainConfig.from_preset("slow")
-    for value, said in (
-        ({}, "holds no config"),
-        ({"config": {"save_every": 2, "x": 1}}, "unknown entries: save_every, x"),
-    ):
+    unknown = {"config": {"save_every": 2, "x": 1}}
+    for value, said in (({}, "holds no config"), (unknown, "unknown entries: save_every, x")):
         (tmp_path / "config.json").write_text(json.dumps(value))
         with pytest.raises(UserError, match=f"config.json: .*{said}"):
             TrainConfig.from_json(tmp_path / "config.json")

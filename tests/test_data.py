@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import noise
 
 from retina_seg.data import DriveDataset, FrameDataset, PatchDataset, split_by_photo
 from retina_seg.fov import find_fov, fov_diameter
@@ -28,10 +29,6 @@ from retina_seg.sets.names import match_names
 from retina_seg.sets.synthetic import data_or_synthetic
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def eye(side=121, diameter=101, seed=0):
@@ -281,15 +278,18 @@ def subjects(pairs):
     return {pair.subject for pair in pairs}
 
 
-def test_no_photo_is_on_both_sides_whatever_the_seed():
-    pairs = variants(20, 4)
+def test_no_photo_is_on_both_sides_whatever_the_seed_and_the_order_of_files():
+    pairs, drawn = variants(20, 4), set()
     eyes = [Pair(f"{k}{eye}", None, None, f"{k}{eye}", str(k)) for k in range(14) for eye in "LR"]
     for seed in range(100):
         training, validation = split_by_photo(pairs, 0.2, seed)
         assert subjects(training).isdisjoint(subjects(validation)) and len(validation) == 16
         assert training == [pair for pair in pairs if pair not in validation]
+        assert subjects(split_by_photo(pairs[::3] + pairs[1::3] + pairs[2::3], 0.2, seed)[1]) == subjects(validation)
+        drawn.add(frozenset(subjects(validation)))
         training, validation = split_by_photo(eyes, 3, seed)  # both eyes of a person stay together
         assert subjects(training).isdisjoint(subjects(validation)) and len(validation) == 6
+    assert len(drawn) > 75
 
 
 def test_folds_are_of_photos_by_count_or_share_and_cover_everything_once():
@@ -300,14 +300,6 @@ def test_folds_are_of_photos_by_count_or_share_and_cover_everything_once():
     assert set.union(*folds) == {str(k) for k in range(20)} and sum(map(len, folds)) == 20
     with pytest.raises(UserError, match="--fold 4.*folds 0 to 3"):
         split_by_photo(variants(20, 2), 5, 7, 4)
-
-
-def test_a_seed_is_a_split_and_another_seed_another_one():
-    pairs = variants(20, 4)
-    assert split_by_photo(pairs, 5, 7) == split_by_photo(list(pairs), 5, 7)
-    assert len({frozenset(subjects(split_by_photo(pairs, 5, seed)[1])) for seed in range(20)}) > 15
-    shuffled = pairs[::3] + pairs[1::3] + pairs[2::3]  # the order of the files does not choose
-    assert subjects(split_by_photo(shuffled, 5, 7)[1]) == subjects(split_by_photo(pairs, 5, 7)[1])
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused():
@@ -408,19 +400,6 @@ def test_images_are_scaled_to_the_median_diameter_unless_one_is_given(three):
             PatchDataset(three, impossible, 32, 3)
 
 
-@pytest.mark.parametrize("size", [32, 45, 200])
-def test_patches_have_the_form_the_networks_are_fed(three, size):
-    dataset = PatchDataset(three, None, size, patches=4)
-    items = [dataset[i] for i in range(len(dataset))]
-    assert len(items) == 4
-    for x, y in items:
-        assert (x.shape, x.dtype, y.shape, y.dtype) == ((3, size, size), torch.float32, (1, size, size), torch.float32)
-        assert 0 <= x.min() < x.max() <= 1 and 0 <= y.min() <= y.max() <= 1
-    for outside in (-1, 4):
-        with pytest.raises(IndexError):
-            dataset[outside]
-
-
 def test_patches_are_bgr_with_the_mask_in_place(tmp_path):
     image, mask, fov = eye(65, 63)
     image = np.where(fov[..., None], np.array([200, 100, 50], np.uint8), 0).astype(np.uint8)
@@ -460,7 +439,14 @@ def test_datasets_take_turns_however_many_images_they_have(three, tmp_path):
     assert [whole[i][2] for i in range(3)] == [0, 1, 1]
 
 
-def test_an_item_depends_on_seed_epoch_and_index_alone(three):
+def test_patches_have_their_form_and_depend_on_seed_epoch_and_index_alone(three):
+    for size in (32, 45, 200):
+        x, y = PatchDataset(three, None, size, 4)[0]
+        assert (x.shape, x.dtype, y.shape, y.dtype) == ((3, size, size), torch.float32, (1, size, size), torch.float32)
+        assert 0 <= x.min() < x.max() <= 1 and 0 <= y.min() <= y.max() <= 1
+    for outside in (-1, 6):
+        with pytest.raises(IndexError):
+            PatchDataset(three, None, 32, 6)[outside]
     first, second = (PatchDataset(three, None, 32, 6, seed=5) for _ in range(2))
     order = [4, 0, 5, 1, 0, 2]
     drawn = {i: second[i] for i in order}  # in another order, some twice

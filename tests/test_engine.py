@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import shaken
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,14 +18,8 @@ MODELS = [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_
 
 
 def network_of(name, **arguments):
-    """A network in evaluation mode whose normalisation is no identity."""
     torch.manual_seed(0)
-    model = build_model(name, **arguments)
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        for values, low, high in ((norm.weight, 0.5, 2), (norm.bias, -1, 1), (norm.running_mean, -0.5, 0.5)):
-            nn.init.uniform_(values, low, high)
-        norm.running_var.uniform_(0.5, 2)
-    return model.eval()
+    return shaken(build_model(name, **arguments))
 
 
 def count_fused(network):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,18 @@ from retina_seg.loss import LOSSES, dice_bce_loss, register_loss
 from retina_seg.metrics import SCORES, RankingHistogram, scores
 from retina_seg.model import MODELS, register_model
 from retina_seg.sets.synthetic import synthetic_image, write_set
+
+if TYPE_CHECKING:  # the public names have types
+    from typing_extensions import assert_type
+
+    from retina_seg.test import Scores
+    from retina_seg.train import Run
+
+    assert_type(fit(TrainConfig.fast()), Run)
+    assert_type(score("drive", "Data1"), Scores)
+    assert_type(load_model("drive"), tuple[nn.Module, dict[str, Any]])
+    assert_type(Segmenter.load("drive"), Segmenter)
+    fit(3)  # type: ignore[arg-type]
 
 
 class MyNet(nn.Module):

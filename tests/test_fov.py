@@ -127,6 +127,8 @@ SITUATIONS = {  # name: (the field of view, what happens to its image)
     ),
     "cut flat inside the frame": (ROUND & (ROWS >= 40) & (ROWS < 262), lambda image, fov: image * fov[..., None]),
     "longer axis": (OVAL, lambda image, _: image),
+    "dark patch at the rim": (ROUND, lambda image, _: np.where(disc(300, 400, 25, (150, 70))[..., None], 0, image)),
+    "grey": (ROUND, lambda image, _: image.max(axis=2, keepdims=True).repeat(3, axis=2)),
 }
 
 
@@ -170,11 +172,8 @@ def test_what_is_no_disc_is_taken_as_its_convex_hull():
     assert dice(found, truth) > 0.99
 
 
-def test_a_grey_image_and_one_with_odd_strides_have_their_disc_too():
-    truth = disc(200, 220, 90)
-    image = retina(truth)
-    assert dice(find_fov(np.stack([image.max(axis=2)] * 3, axis=2)), truth) > 0.98
-    view = image[::-1, :, ::-1]
+def test_an_image_with_odd_strides_has_its_disc_too():
+    view = retina(disc(200, 220, 90))[::-1, :, ::-1]
     assert np.array_equal(find_fov(view), find_fov(np.ascontiguousarray(view)))
 
 

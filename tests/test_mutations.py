@@ -3,13 +3,12 @@
 import io
 import re
 import shutil
-import struct
-import zlib
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import png_chunk
 from PIL import Image
 
 from retina_seg.inference.batch import DONE, OUTPUTS, predict_images
@@ -73,7 +72,7 @@ def sealed(content, rng):
     place = rng.integers(len(pieces))
     kind, data = pieces[place][4:8], pieces[place][8:-4]
     data = changed(data, rng) if data else data
-    pieces[place] = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    pieces[place] = png_chunk(kind, data)
     return content[:8] + b"".join(pieces)
 
 
@@ -81,7 +80,7 @@ def chunks(content):
     """The chunks of a PNG, each with its length and checksum; none of another file."""
     found, place = [], 8
     while content.startswith(b"\x89PNG") and place + 12 <= len(content):
-        end = place + 12 + struct.unpack(">I", content[place : place + 4])[0]
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         if end > len(content):
             return []
         found.append(content[place:end])

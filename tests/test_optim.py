@@ -105,11 +105,8 @@ def test_its_state_goes_on_where_it_was():
 
 def test_the_optimizer_is_the_configs():
     model = nn.Conv2d(3, 4, 3)
-    for changes, kind in (
-        ({"optimizer": "muon"}, Muon),
-        ({"weight_decay": 0.0}, torch.optim.Adam),
-        ({"weight_decay": 0.3}, torch.optim.AdamW),
-    ):
+    adam, adamw = torch.optim.Adam, torch.optim.AdamW
+    for changes, kind in (({"optimizer": "muon"}, Muon), ({"weight_decay": 0.0}, adam), ({"weight_decay": 0.3}, adamw)):
         optimizer = make_optimizer(model, TrainConfig(**{"learning_rate": 0.07, "weight_decay": 0.3, **changes}))
         assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == 0.07
         assert optimizer.param_groups[0]["weight_decay"] == changes.get("weight_decay", 0.3)

@@ -126,9 +126,8 @@ def test_write_set_writes_the_layout_the_same_on_every_run(tmp_path):
     root = write_set(tmp_path / "new" / "set", train=3, test=2, size=(80, 100), seed=4, progress=False)
     assert root == tmp_path / "new" / "set"
     names = [(part, str(i)) for part, count in (("train", 3), ("test", 2)) for i in range(count)]
-    expected = {f"{part}/{kind}/{name}.png" for part, name in names for kind in ("image", "mask", "fov")} | {
-        "photos.csv"
-    }
+    expected = {f"{part}/{kind}/{name}.png" for part, name in names for kind in ("image", "mask", "fov")}
+    expected.add("photos.csv")
     assert {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} == expected
     rows = read_csv(root / "photos.csv", ("part", "name", "photo", "variant", "source"))
     assert [(row["part"], row["name"]) for row in rows] == [(row["part"], row["photo"]) for row in rows] == names

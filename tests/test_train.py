@@ -234,13 +234,6 @@ def test_the_styles_images_count_by_their_own_logits_alone():
     assert loss == pytest.approx(dice_bce_loss(own, masks).item()) and len(f1[0]) == 2
 
 
-def test_one_seed_one_result_and_another_seed_another(tiny_set, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        fit(tiny(tiny_set, tmp_path / name, seed=seed), progress=False)
-    assert same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
-    assert not same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
-
-
 @pytest.mark.parametrize(("validation", "held_out"), [("photos", 1), ("test", 2), ("none", 0)])
 def test_held_out_images_are_not_trained_on(tiny_set, tmp_path, validation, held_out):
     kept = "best" if held_out else "last"

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import noise
 
 from retina_seg import visualize
 from retina_seg.metrics import RankingHistogram
@@ -11,10 +12,6 @@ from retina_seg.utils import UserError
 from retina_seg.visualize import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, error_overlay, mask_parse, save_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def test_mask_parse_repeats_the_grey_value_in_three_channels():
