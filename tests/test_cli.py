@@ -14,6 +14,7 @@ from test_config import train_parser
 from test_train import at_step, without_curves  # noqa: F401
 
 import retina_seg
+from retina_seg import cli
 from retina_seg.config import PRESETS, TrainConfig
 from retina_seg.sets.synthetic import write_set
 

@@ -127,7 +127,6 @@ SITUATIONS = {  # name: (the field of view, what happens to its image)
     ),
     "cut flat inside the frame": (ROUND & (ROWS >= 40) & (ROWS < 262), lambda image, fov: image * fov[..., None]),
     "longer axis": (OVAL, lambda image, _: image),
-    "dark patch at the rim": (ROUND, lambda image, _: np.where(disc(300, 400, 25, (150, 70))[..., None], 0, image)),
     "grey": (ROUND, lambda image, _: image.max(axis=2, keepdims=True).repeat(3, axis=2)),
 }
 
