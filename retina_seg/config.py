@@ -203,13 +203,6 @@ _FAST = {
 }
 _LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: normalisation takes most of it out
 _MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
-_CAMERAS = {
-    **_FAST,
-    "model_arguments": {},
-    "normalise": "fov",
-    "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
-    "largest_diameter": 1440.0,
-}
 PRESETS = {
     "notebook": Preset(
         "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
@@ -219,13 +212,19 @@ PRESETS = {
         "one camera: fast_attention_unet (585,988 parameters), augmented patches, Muon, EMA weights, no selection",
         _FAST,
     ),
-    "drive": Preset(
-        "one camera, its light and colour normalised, also for other cameras: fast with a full-resolution path",
-        {**_CAMERAS, "epochs": 36},
-    ),
     "general": Preset(
-        "any camera, from several datasets: as drive, with a style of labelling for each dataset",
-        {**_CAMERAS, "styles": "datasets", "style": "auto", "patches": 840, "epochs": 36},
+        "any camera, from several datasets: fast with a full-resolution path and a style of labelling for each dataset",
+        {
+            **_FAST,
+            "model_arguments": {},
+            "normalise": "fov",
+            "styles": "datasets",
+            "style": "auto",
+            "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
+            "patches": 840,
+            "epochs": 36,
+            "largest_diameter": 1440.0,
+        },
     ),
     "tiny": Preset(
         "old machines, large archives: fast with 67,041 parameters",
