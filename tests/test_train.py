@@ -202,7 +202,7 @@ def test_the_threshold_is_chosen_on_held_out_images_and_stored(tiny_set, tmp_pat
 def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     shutil.copytree(tiny_set, tmp_path / "All")
     for path in (tmp_path / "All" / "train" / "mask").iterdir():
-        write_image(path, np.full_like(read_mask(path), 255))
+        write_image(path, np.tile(np.uint8([0, 255]), (96, 48)))  # half of the image, as much as a mask may hold
     data = [str(tmp_path / "All"), str(tiny_set)]
     how = {"styles": "datasets", "normalise": "fov", "threshold": "0.4", "style": "all", "epochs": 12, "patches": 8}
     config = tiny(tiny_set, tmp_path / "run", **how, ema=0.5, augmentation={"recolour": 0})
@@ -252,12 +252,9 @@ def test_held_out_images_are_not_trained_on(tiny_set, tmp_path, validation, held
     ("changes", "said"),
     [
         ({"loss": "hinge"}, "--loss hinge: unknown; choose one of dice_bce, dice"),
-        ({"fov_diameter": 1e9}, "--fov-diameter 1000000000"),
         ({"fov_diameter": 60.0, "largest_diameter": 50.0}, "--largest-diameter 50"),
-        ({"augmentation": {"twirl": 1}}, "--augmentation twirl: unknown"),
         ({"model_arguments": {"colour": 1}}, "colour"),
         ({"validation": "photos", "held_out": 4}, "--held-out 4: there are 4 photos"),
-        ({"validation": "photos", "held_out": 2, "fold": 2}, "--fold 2: 4 photos make folds 0 to 1"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_before_anything_is_written(tiny_set, tmp_path, changes, said):
