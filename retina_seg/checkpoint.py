@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from retina_seg.model import MODELS, build_model
-from retina_seg.state_dicts import load_safely, recognised
+from retina_seg.state_dicts import load_safely, recognised, unwrapped
 from retina_seg.styles import AUTO, AUTO_STYLES
 from retina_seg.utils import UserError, atomic_write, user_path
 
@@ -31,10 +31,7 @@ def pretrained_weights() -> list[str]:
 
 
 def find_weights(name: str | Path) -> Path:
-    """The checkpoint file that `name` means: a file, a run's folder, or the name of pretrained weights.
-
-    Raises `UserError`: none of these.
-    """
+    """The checkpoint file of a file, a run's folder, or the name of pretrained weights. Raises `UserError`: none of these."""
     path, pretrained = user_path(name), pretrained_weights()
     if (path / "checkpoint.pth").is_file() or path.is_file():
         return path / "checkpoint.pth" if path.is_dir() else path
@@ -60,25 +57,21 @@ def _save(path: Path, value: dict[str, Any]) -> None:
 
 
 def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[str, Any], **notes: Any) -> None:
-    """Write weights, and all that is needed to use them, to `path`: whole or not at all.
+    """Write weights to `path`, whole or not at all, with `name` and `arguments`, which `build_model` took.
 
-    Args:
-        name, arguments: what `build_model` took.
-        notes: plain values that go with the weights: frame, threshold, threshold_from, trained_on, selected_on.
+    `notes`: plain values that go with them: frame, threshold, threshold_from, trained_on, selected_on.
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    checkpoint = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes, "state_dict": weights}
-    _save(Path(path), checkpoint)
+    about = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes}
+    _save(Path(path), {**about, "state_dict": weights})
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint dictionary at `path`: one of ours, or made of a state dict, maybe wrapped, of a network of `MODELS`.
 
-    Raises `UserError`: no such file, no checkpoint, one that would run code, or of a format this version does not know.
+    Raises `UserError`: as `find_weights`; no checkpoint, one that would run code, or of a format this version does not know.
     """
-    path = user_path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
+    path = find_weights(path)
     checkpoint = load_safely(path)
     kind = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if not isinstance(kind, str) or not kind.startswith(CHECKPOINT_FORMAT[:-1]):
@@ -97,7 +90,7 @@ def load_model(
     """The network of a checkpoint, in evaluation mode on the processor, and the checkpoint's other entries.
 
     Args:
-        name: as `find_weights` takes it: a file, a run's folder, or the name of pretrained weights.
+        name: as `find_weights` takes it.
         style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style",
             and "balanced" where that is "auto". "auto" gives logits (N, 2, H, W), of `styles.AUTO_STYLES`.
         model: the network to load the weights into; None: built by the checkpoint's "model" and "arguments".
@@ -114,22 +107,22 @@ def load_model(
                 how = "load it with model=YourNetwork(), or call retina_seg.model.register_model first"
                 raise UserError(f"network {str(checkpoint['model'])[:80]!r} is not one of this package; {how}")
             model = build_model(checkpoint["model"], **checkpoint["arguments"])
-        model.load_state_dict(weights, strict=True)
+        same = weights.keys() == model.state_dict().keys()
+        model.load_state_dict(weights if same else unwrapped(weights), strict=True)
     except (UserError, TypeError) as error:  # arguments whose names no function can have
         raise UserError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError) as error:
         first = "".join(str(error).strip().splitlines()[1:2]).strip()[:120] or "keys or shapes differ"
-        raise UserError(
-            f"{path}: the weights are of another architecture than {checkpoint['model']} ({first})"
-        ) from None
+        what = f"the weights are of another architecture than {checkpoint['model']}"
+        raise UserError(f"{path}: {what} ({first})") from None
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
-    if styles := checkpoint.get("styles", {}):
-        own = checkpoint.get("style")
-        checkpoint["style"] = style or ("balanced" if own == AUTO else own)
+    styles = checkpoint.get("styles", {})
     if style is not None and style not in (*styles, *([AUTO] if styles else [])):
         raise UserError(f"--style {style}: {path} has {', '.join(styles) or 'no styles to choose from'}")
     if styles:
+        own = checkpoint.get("style")
+        checkpoint["style"] = style or ("balanced" if own == AUTO else own)
         names = AUTO_STYLES if style == AUTO else [checkpoint["style"]]
         try:
             model.mix_styles([styles[name] for name in names])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from retina_seg import __version__
-from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
+from retina_seg.config import GROUPS, PRECISIONS, PRESETS, TrainConfig
 from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
-from retina_seg.utils import UserError
+from retina_seg.utils import UserError, user_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,11 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files
     options = build_parser().parse_args(arguments)
-    vars(options).update({name: _expanded(value) for name, value in vars(options).items()})
     if options.command not in ("train", "predict") and os.environ.get("WORLD_SIZE", "1") != "1":
         return _fail("several processes share train and predict only; run this command without torchrun", 2)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        for module in options.modules:
+            _import(module)
         return options.call(options) or 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -56,11 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _expanded(value: Any) -> Any:
-    """`value` with `~` as the home folder, which no shell expands in --output=~/maps or in quotes; lists too."""
-    if isinstance(value, list):
-        return [_expanded(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
+def _import(module: str) -> None:
+    """Import a user's module, found from the working folder too. Raises `UserError`: there is none, or it fails."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module.removesuffix(".py"))
+    except Exception as error:  # a user's module raises anything
+        raise UserError(f"--import {module}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
 class _Terminated(KeyboardInterrupt):
@@ -84,7 +88,7 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-Argument = tuple[tuple[str, ...], dict[str, Any]]
+Argument = tuple[str, dict[str, Any]]  # a name, and what `add_argument` takes with it
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str, tuple[Argument, ...]]] = {}
 
 
@@ -100,21 +104,19 @@ def command(summary: str, example: str, *arguments: Argument) -> Callable[[Any],
 
 def argument(name: str, help: str, default: Any = None, **more: Any) -> Argument:
     """An argument of a command: its help names its default, whose type it has."""
-    if isinstance(default, int):
-        more["type"] = int
-    shown = help if default is None else f"{help} (default: {default})"
-    if name.startswith("-"):
-        more = {"default": default if "action" not in more else False, **more}
-    return (name,), {"help": shown, **more}
+    if default is not None:
+        more |= {"default": default, "type": type(default)}
+        help += f" (default: {default})"
+    return name, {"help": help, **more}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="retina-seg",
-        description="Retinal vessel segmentation: a light U-Net with two attention gates. Not a medical device.",
-    )
+    about = "Retinal vessel segmentation: a light U-Net with two attention gates. Not a medical device."
+    parser = argparse.ArgumentParser("retina-seg", description=about)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    modules = "import this module first, which registers own networks and losses (register_model, register_loss)"
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=modules)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     presets = "\n".join(["", "presets:", *(f"  {name:<10}{preset.summary}" for name, preset in PRESETS.items())])
     for name, (call, summary, example, arguments) in COMMANDS.items():
@@ -127,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         one.set_defaults(call=call)
-        for names, how in arguments:
-            one.add_argument(*names, **how)
+        for argument_name, how in arguments:
+            one.add_argument(argument_name, **how)
         if trains:
             _add_config_options(one)
     return parser
@@ -136,11 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     """An option for every field of `TrainConfig` that has a help text, in its groups."""
-    fields = [item for item in dataclasses.fields(TrainConfig) if item.metadata]
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(f.metadata["group"] for f in fields)}
-    for item in fields:
+    group = parser
+    for item in (field for field in dataclasses.fields(TrainConfig) if field.metadata):
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
         kind, choices = item.metadata["kind"], item.metadata["choices"] or None
-        groups[item.metadata["group"]].add_argument(
+        group.add_argument(
             f"--{item.name.replace('_', '-')}",
             type=json.loads if kind is dict else kind,
             choices=choices,
@@ -187,30 +190,23 @@ def _data(options: argparse.Namespace, default: Any = "Data1") -> Any:
     return {name: patterns[0] for name, patterns in given.items()}
 
 
-WEIGHTS = argument(
-    "--weights", "pretrained weights (general, drive, tiny), a checkpoint file, or a run's folder", "general"
-)
+WEIGHTS = argument("--weights", "pretrained weights (general, drive, tiny), a file, or a run's folder", "general")
+THRESHOLD = argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float)
 PROTOCOL = (
     "notebook: 512x512, aspect ratio not kept, threshold 0.5, as the original; native: the images' own size, inside the "
     "field of view"
 )
 RUNS = argument("runs", "folders of runs", nargs="+", metavar="RUN")
-STYLE = argument(
-    "--style", "label style: auto, fine, balanced, bold or a training dataset's name (default: the checkpoint's)"
-)
+STYLE = argument("--style", "label style: auto, fine, balanced, bold or a dataset's name (default: the checkpoint's)")
 NETWORK = (
     argument("--working-size", "scale to this field-of-view diameter, pixels (default: the checkpoint's)", type=int),
     argument("--tta", "test-time augmentation: mean over 8 orientations (default: off)", action="store_true"),
     STYLE,
     argument("--device", "cpu, cuda, …; auto: a GPU where there is one", "auto"),
 )
-FLOAT32, AUTO = (
-    argument(
-        "--precision", "float32 gives the same results everywhere, bfloat16 is faster", default, choices=PRECISIONS
-    )
-    for default in ("float32", "auto")
-)
-NETWORK_NAMES = ("working_size", "tta", "style", "device", "precision")
+PRECISION = "float32 gives the same results everywhere, bfloat16 is faster"
+EXACT_NETWORK = (*NETWORK, argument("--precision", PRECISION, "float32", choices=PRECISIONS))
+EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
 
 
 @command(
@@ -223,39 +219,41 @@ NETWORK_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("--jobs", "images at once (default: up to 4, by processor cores)", type=int),
     WEIGHTS,
     argument("--overwrite", "segment again what is done (default: skip it)", action="store_true"),
-    argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float),
+    THRESHOLD,
     *NETWORK,
-    AUTO,
+    argument("--precision", PRECISION, "auto", choices=PRECISIONS),
 )
 def _predict(options: argparse.Namespace) -> int:
     from retina_seg.checkpoint import WEIGHTS, find_weights, weights_id
     from retina_seg.distributed import process_group
-    from retina_seg.inference.batch import DONE, predict_images
+    from retina_seg.inference.batch import DONE, plan_images, segment_images
     from retina_seg.inference.segmenter import Segmenter
     from retina_seg.runs import remarks
 
-    path, passed = find_weights(options.weights).resolve(), list[str]()
+    path = find_weights(options.weights).resolve()
     choices = _given(options, "threshold", "working_size", "tta", "style")
     shown = {**choices, "precision": options.precision.replace("auto", "")}
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
     made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
-    how = {**_given(options, "output", "overwrite", "save", "jobs"), "made_with": " ".join(made_with), "passed": passed}
     with process_group() as world:
-        load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
-        segmenter = None if options.dry_run else Segmenter.load(path, **load)
-        rows = predict_images(segmenter, options.images, **how, world=world)
+        how = _given(options, "output", "overwrite", "save")
+        plan = plan_images(options.images, made_with=" ".join(made_with), **how)
+        if not options.dry_run:
+            load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
+            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world)
     if not world.is_main:
         return 0
     _say(*remarks(path))
-    skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
-    counts = f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed"
+    where = f"{options.output}{plan.passed}"
     if options.dry_run:
-        counts, some = f"dry run: {len(rows) - skipped} to segment, {skipped} done before", failed[:3]
-        _say(*(f"{row['input']} -> {Path(options.output, row['name'])}_*" for row in some))
-    for row in () if options.dry_run else failed:
+        _say(*(f"{row['input']} -> {Path(options.output, row['name'])}_*" for row in list(plan.begun.values())[:3]))
+        _say(f"dry run: {len(plan.begun)} to segment, {len(plan.images) - len(plan.begun)} done before: {where}")
+        return 0
+    skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
+    for row in failed:
         _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
-    _say(f"{counts}: {options.output}{''.join(passed)}")
-    return int(bool(failed and segmenter))
+    _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
+    return int(bool(failed))
 
 
 @command(
@@ -311,14 +309,13 @@ def _train(options: argparse.Namespace) -> None:
     if data := _data(options, default=None):
         changes["data"] = data[0] if isinstance(data, list) and len(data) == 1 else data
     if options.resume:
-        if not (path := Path(options.resume, "config.json")).exists():
+        if not (path := user_path(options.resume) / "config.json").exists():
             raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
-        config = TrainConfig.from_json(path)
         # how it is computed may change with the machine, what is computed may not
         if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)
             raise UserError(f"--resume goes on by the run's own config; leave out {given}, or train anew with --config")
-        config = dataclasses.replace(config, output=options.resume, **changes)
+        config = dataclasses.replace(TrainConfig.from_json(path), output=options.resume, **changes)
     elif options.config:
         config = dataclasses.replace(TrainConfig.from_json(options.config), **changes)
     else:
@@ -340,8 +337,7 @@ def _train(options: argparse.Namespace) -> None:
     argument("--protocol", PROTOCOL, "notebook", choices=("notebook", "native")),
     argument("--part", "the test images, or those that the run held out", "test", choices=("test", "validation")),
     argument("--threshold", "vessel above this probability (default: the protocol's)", type=float),
-    *NETWORK,
-    FLOAT32,
+    *EXACT_NETWORK,
 )
 def _test(options: argparse.Namespace) -> None:
     from retina_seg.runs import default_output
@@ -353,9 +349,9 @@ def _test(options: argparse.Namespace) -> None:
         missing = "--output" if options.output is None else "--run"
         raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out images")
     names = (options.run, options.protocol, options.part, options.tta, options.working_size, options.style)
-    output, choices = options.output or default_output(*names), _given(options, *NETWORK_NAMES)
-    source = options.run or options.checkpoint
-    value = test(source, _data(options), output, options.protocol, options.threshold, options.part, **choices)
+    output = options.output or default_output(*names)
+    how = _given(options, "protocol", "threshold", "part", *EXACT_NAMES)
+    value = test(options.run or options.checkpoint, _data(options), output, **how)
     print(table(value))
     written = f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/"
     _say(*original_lines(value), written)
@@ -380,14 +376,13 @@ def _compare(options: argparse.Namespace) -> None:
     *DATA,
     argument("--output", "folder for table and plot", "results/threshold"),
     argument("--protocol", PROTOCOL, "native", choices=("notebook", "native")),
-    *NETWORK,
-    FLOAT32,
+    *EXACT_NETWORK,
 )
 def _threshold(options: argparse.Namespace) -> None:
     from retina_seg.analysis.threshold import threshold
 
-    choices = _given(options, *NETWORK_NAMES)
-    _say(*threshold(options.runs, _data(options), options.output, options.protocol, **choices))
+    how = _given(options, "output", "protocol", *EXACT_NAMES)
+    _say(*threshold(options.runs, _data(options), **how))
     _say(f"written to {options.output}: thresholds.csv, thresholds.png")
 
 
@@ -398,15 +393,14 @@ def _threshold(options: argparse.Namespace) -> None:
     *DATA,
     argument("--output", "folder for table and plot", "results/degraded"),
     argument("--part", "validation: images that the run --weights held out", "test", choices=(*PARTS, "validation")),
-    argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float),
-    *NETWORK,
-    FLOAT32,
+    THRESHOLD,
+    *EXACT_NETWORK,
 )
 def _degrade(options: argparse.Namespace) -> None:
     from retina_seg.analysis.degrade import degrade
 
-    choices = _given(options, "threshold", *NETWORK_NAMES)
-    _say(*degrade(options.weights, _data(options), options.output, options.part, **choices))
+    how = _given(options, "output", "part", "threshold", *EXACT_NAMES)
+    _say(*degrade(options.weights, _data(options), **how))
     _say(f"written to {options.output}: degrade.csv, degrade.png")
 
 
@@ -488,6 +482,6 @@ def _export(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from retina_seg.analysis.bench import bench, table
 
-    names = ("output", "rounds", "images", "size", "original", "fast", "data", "device", "precision")
-    value = bench(**{name: getattr(options, name) for name in names})
+    how = ("output", "rounds", "images", "size", "original", "fast", "data", "device", "precision")
+    value = bench(**_given(options, *how))
     _say(*table(value), f"written to {options.output}: bench.json")

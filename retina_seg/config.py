@@ -13,21 +13,22 @@ from retina_seg.fov import LARGEST_SIDE
 from retina_seg.utils import UserError, read_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# groups of options in the command's help
-DATA = "data and network"
-PATCHES = "working frame and patches (frame fov only)"
-STEPS = "optimisation"
-CHOICE = "validation and selection"
-COMPUTE = "computation"
+GROUPS = {  # the first field of each group of options -> the group's title in the command's help
+    "model": "data and network",
+    "frame": "working frame and patches (frame fov only)",
+    "epochs": "optimisation",
+    "validation": "validation and selection",
+    "precision": "computation",
+}
 
 
-def _option(group: str, default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+def _option(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
     """A field of `TrainConfig` that knows its help, type, choices and lowest value.
 
     `default` is a value, or the type alone: `dict` for an empty one, else for "not set" (None).
     """
     kind = default if isinstance(default, type) else type(default)
-    meta = {"kind": kind, "help": help, "group": group, "choices": choices, "minimum": low}
+    meta = {"kind": kind, "help": help, "choices": choices, "minimum": low}
     if default is dict:
         return field(default_factory=dict, metadata=meta)
     return field(default=None if default is kind else default, metadata=meta)
@@ -43,62 +44,57 @@ class TrainConfig:
     preset: str = "custom"
     data: str | dict[str, str] | list[str | dict[str, str]] = "Data1"
     output: str = "results/run"
-    model: str = _option(DATA, "attention_unet", "architecture, a name in model.MODELS")
-    model_arguments: dict[str, Any] = _option(DATA, dict, "its arguments, as JSON")
-    weights: str | None = _option(
-        DATA, str, "start from these weights, in their network and frame: a name, file or run"
-    )
+    model: str = _option("attention_unet", "architecture, a name in model.MODELS")
+    model_arguments: dict[str, Any] = _option(dict, "its arguments, as JSON")
+    weights: str | None = _option(str, "start from these weights, in their network and frame: a name, file or run")
 
     frame: str = _option(
-        PATCHES, "resize", "whole images at --size, aspect ratio not kept, or patches at one scale", ("resize", "fov")
+        "resize", "whole images at --size, aspect ratio not kept, or patches at one scale", ("resize", "fov")
     )
-    size: int = _option(PATCHES, 512, "side of what the network is fed, pixels; rounded to its stride", low=8)
+    size: int = _option(512, "side of what the network is fed, pixels; rounded to its stride", low=8)
     fov_diameter: float | None = _option(
-        PATCHES, float, "scale to this field-of-view diameter, pixels; not set: the training images' median", low=32
+        float, "scale to this field-of-view diameter, pixels; not set: the training images' median", low=32
     )
     largest_diameter: float | None = _option(
-        PATCHES, float, "larger images are used at up to this diameter; not set: all at one", low=32
+        float, "larger images are used at up to this diameter; not set: all at one", low=32
     )
     normalise: str = _option(
-        PATCHES, "none", "light and colour normalised inside the field of view, in training and use", ("none", "fov")
+        "none", "light and colour normalised inside the field of view, in training and use", ("none", "fov")
     )
     styles: str = _option(
-        PATCHES, "one", "of labelling: one for all datasets, or an output channel for each", ("one", "datasets")
+        "one", "of labelling: one for all datasets, or an output channel for each", ("one", "datasets")
     )
-    style: str = _option(PATCHES, "balanced", "the style that is used where none is asked for")
-    augmentation: dict[str, Any] = _option(PATCHES, dict, "changes to transforms.Augmentation, as JSON")
-    patches: int = _option(PATCHES, 800, "patches in an epoch", low=1)
+    style: str = _option("balanced", "the style that is used where none is asked for")
+    augmentation: dict[str, Any] = _option(dict, "changes to transforms.Augmentation, as JSON")
+    patches: int = _option(800, "patches in an epoch", low=1)
 
-    epochs: int = _option(STEPS, 10, "passes over the images or patches", low=1)
-    batch_size: int = _option(STEPS, 2, "images or patches in a step of each process", low=1)
-    optimizer: str = _option(STEPS, "adam", "Adam (AdamW with weight decay), or Muon", ("adam", "muon"))
-    learning_rate: float = _option(STEPS, 1e-4, "at its peak", low=1e-12)
-    weight_decay: float = _option(STEPS, 0.0, "decoupled weight decay", low=0)
+    epochs: int = _option(10, "passes over the images or patches", low=1)
+    batch_size: int = _option(2, "images or patches in a step of each process", low=1)
+    optimizer: str = _option("adam", "Adam (AdamW with weight decay), or Muon", ("adam", "muon"))
+    learning_rate: float = _option(1e-4, "at its peak", low=1e-12)
+    weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
     warmup: float | None = _option(
-        STEPS, float, "share of the steps with rising rate, then a cosine to 0; not set: constant rate", low=0
+        float, "share of the steps with rising rate, then a cosine to 0; not set: constant rate", low=0
     )
-    ema: float = _option(STEPS, 0.0, "decay of the EMA weights that are kept; 0: none", low=0)
-    clip: float = _option(STEPS, 0.0, "largest norm of the gradient; 0: no clipping", low=0)
-    loss: str = _option(STEPS, "dice_bce", "a name in loss.LOSSES")
-    seed: int = _option(STEPS, 42, "of weights, order and augmentation", low=0)
+    ema: float = _option(0.0, "decay of the EMA weights that are kept; 0: none", low=0)
+    clip: float = _option(0.0, "largest norm of the gradient; 0: no clipping", low=0)
+    loss: str = _option("dice_bce", "a name in loss.LOSSES")
+    seed: int = _option(42, "of weights, order and augmentation", low=0)
 
     validation: str = _option(
-        CHOICE,
         "photos",
         "held-out photos with all their variants; the test part, as the original does (a leak); nothing",
         ("photos", "test", "none"),
     )
-    held_out: int = _option(CHOICE, 4, "how many photos, or people, are held out", low=1)
-    split_seed: int = _option(CHOICE, 42, "of the draw that holds them out", low=0)
-    fold: int = _option(CHOICE, 0, "which fold of that draw, for cross-validation", low=0)
-    keep: str = _option(CHOICE, "best", "weights of lowest validation loss, or of the last epoch", ("best", "last"))
-    threshold: str = _option(
-        CHOICE, "fixed", "fixed: 0.5; validation: that of highest F1 on the held-out photos; or a number"
-    )
+    held_out: int = _option(4, "how many photos, or people, are held out", low=1)
+    split_seed: int = _option(42, "of the draw that holds them out", low=0)
+    fold: int = _option(0, "which fold of that draw, for cross-validation", low=0)
+    keep: str = _option("best", "weights of lowest validation loss, or of the last epoch", ("best", "last"))
+    threshold: str = _option("fixed", "fixed: 0.5; validation: that of highest F1 on the held-out photos; or a number")
 
-    precision: str = _option(COMPUTE, "auto", "auto: bfloat16 where there are units for it", PRECISIONS)
-    device: str = _option(COMPUTE, "auto", "cpu, cuda, …; auto: a GPU where there is one")
-    workers: int | None = _option(COMPUTE, int, "processes that load images; not set: 0, on a GPU 4", low=0)
+    precision: str = _option("auto", "auto: bfloat16 where there are units for it", PRECISIONS)
+    device: str = _option("auto", "cpu, cuda, …; auto: a GPU where there is one")
+    workers: int | None = _option(int, "processes that load images; not set: 0, on a GPU 4", low=0)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> TrainConfig:
@@ -207,6 +203,13 @@ _FAST = {
 }
 _LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: normalisation takes most of it out
 _MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
+_CAMERAS = {
+    **_FAST,
+    "model_arguments": {},
+    "normalise": "fov",
+    "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
+    "largest_diameter": 1440.0,
+}
 PRESETS = {
     "notebook": Preset(
         "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
@@ -216,19 +219,13 @@ PRESETS = {
         "one camera: fast_attention_unet (585,988 parameters), augmented patches, Muon, EMA weights, no selection",
         _FAST,
     ),
+    "drive": Preset(
+        "one camera, its light and colour normalised, also for other cameras: fast with a full-resolution path",
+        {**_CAMERAS, "epochs": 36},
+    ),
     "general": Preset(
-        "any camera, from several datasets: fast with a full-resolution path and a style of labelling for each dataset",
-        {
-            **_FAST,
-            "model_arguments": {},
-            "normalise": "fov",
-            "styles": "datasets",
-            "style": "auto",
-            "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
-            "patches": 840,
-            "epochs": 36,
-            "largest_diameter": 1440.0,
-        },
+        "any camera, from several datasets: as drive, with a style of labelling for each dataset",
+        {**_CAMERAS, "styles": "datasets", "style": "auto", "patches": 840, "epochs": 36},
     ),
     "tiny": Preset(
         "old machines, large archives: fast with 67,041 parameters",

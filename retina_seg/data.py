@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from retina_seg.fov import LARGEST_SIDE, fov_diameter
-from retina_seg.sets.layout import Pair as Pair
-from retina_seg.sets.layout import list_pairs as list_pairs
-from retina_seg.sets.layout import load_pair as load_pair
-from retina_seg.sets.layout import load_with_fov as load_with_fov
+from retina_seg.sets.layout import Pair, list_pairs, load_pair, load_with_fov
 from retina_seg.transforms import (
     Augmentation,
     FovFrame,
@@ -32,6 +29,9 @@ from retina_seg.transforms import (
     to_tensor,
 )
 from retina_seg.utils import UserError
+
+__all__ = ["DriveDataset", "FrameDataset", "Pair", "PatchDataset", "list_pairs", "load_with_fov", "split_by_photo"]
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def split_by_photo(
@@ -57,9 +57,6 @@ def split_by_photo(
     held_out = set(order[fold * count : (fold + 1) * count])
     training = [pair for pair in pairs if pair.subject not in held_out]
     return training, [pair for pair in pairs if pair.subject in held_out]
-
-
-Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class DriveDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -116,15 +113,13 @@ class PatchDataset(Dataset):
 
     Args:
         diameter: the field of view's diameter that images are scaled to, pixels; None: the median of these images.
-        size: side of the patches, pixels.
-        patches: how many make an epoch.
+        size: side of the patches, pixels; patches: how many make an epoch.
         normalise: whether the frame normalises light and colour (`transforms.normalise`).
 
     Raises `UserError`: a file cannot be read, a pair of two sizes, a diameter that cannot be.
 
-    Attributes:
-        frame: the working frame of the patches. epoch: set it before each pass.
-        datasets: the datasets' names, sorted; `images` has (image, mask) pairs in the frame by these names.
+    Attributes: `frame`, the working frame of the patches; `epoch`, to be set before each pass; `datasets`, their names,
+    sorted; `images`, (image, mask) pairs in the frame by these names.
     """
 
     def __init__(

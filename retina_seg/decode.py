@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import cv2
@@ -45,7 +45,7 @@ def _page(number: int, count: int) -> str:
     return f"page {number + 1} of {count if count < MAX_FRAMES else 'many'}" if count > 1 else ""
 
 
-def _largest(sizes: list[tuple[int, int]]) -> int:
+def _largest(sizes: Sequence[tuple[float, float]]) -> int:
     return max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
 
 
@@ -61,8 +61,7 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
     image = image or Image.open(file, formats=FORMATS)
     count, best = 1, 0
     with contextlib.suppress(Exception):  # damage after the first frame
-        long = image.format == "GIF" and file.seek(0, io.SEEK_END) > 1 << 24  # whose frames are counted one by one
-        count = MAX_FRAMES if long and image.is_animated else getattr(image, "n_frames", 1)
+        count = getattr(image, "n_frames", 1)
     if count > 1 and image.format in ("MPO", "HEIF"):  # in an animation all have one size
         sizes = []
         for number in range(min(count, MAX_FRAMES)):
@@ -75,16 +74,15 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
         deep, said, bits = None, "", 0
         if image.format == "PNG":
             bits = file.read(25)[24]
-        elif image.format == "JPEG2000":
+        elif image.format in ("JPEG2000", "PPM"):
             bits = 16  # at most
-        elif image.format == "PPM" and image.tile[0][0] != "ppm_plain":  # the maximum as stated, in two forms
-            stated = image.tile[0][3]
-            bits = 16 if stated == "I;16B" else stated[1].bit_length() if isinstance(stated, tuple) else 0
         if bits > 8:
             file.seek(0)
             deep, said = _opencv(file.read(), bits)
         if deep is None:
-            return as_8_bits(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            upright.format = image.format
+            return as_8_bits(upright)
         deep.getexif().update(image.getexif())
         return ImageOps.exif_transpose(deep), said
 
@@ -105,11 +103,14 @@ def _tiff(file: BinaryIO) -> Frame:
             offset = tags.next
     if not pages:
         raise Image.UnidentifiedImageError
-    best = _largest([page[:2] for page in pages.values()])
+    # of pages of one size, one in colour: others may be masks
+    best = _largest([(2 * page[0], page[1] + (np.size(page[2].get(258, 1)) > 2) / 2) for page in pages.values()])
     offset, (height, width, tags) = list(pages.items())[best]
     if tags.get(254, 0) & 1:  # it calls itself the reduced version of another image
         raise UserError("holds only a preview, as a camera's raw file does; export it as PNG or TIFF")
     samples, photometric = np.atleast_1d(tags.get(258, 1)), tags.get(262)
+    if photometric in (0, 1) and len(samples) > 2:
+        raise UserError(f"calls its {len(samples)} samples a pixel grey; save it as RGB")
     bits, unsigned = int(samples.max()), np.all(np.atleast_1d(tags.get(339, 1)) == 1)
 
     def decode() -> tuple[Image.Image, str]:
@@ -182,7 +183,7 @@ def _dicom(file: BinaryIO) -> Frame:
     except ImportError:
         raise UserError(_NEEDS.format("DICOM")) from None
     header = pydicom.dcmread(file, stop_before_pixels=True)
-    if "Rows" not in header:
+    if "Rows" not in header or "PhotometricInterpretation" not in header:
         raise UserError("is a DICOM file without an image; give one that holds a photo")
 
     def decode() -> tuple[Image.Image, str]:

@@ -30,9 +30,7 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "meta":
-            raise NotImplementedError("it computes nothing")
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise UserError(f"--device {name}: this machine has no such device; try --device cpu") from None
     return device
@@ -45,19 +43,17 @@ def has_bfloat16_units(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     # torch has no public question for this before 2.11; the kernel's own list is the same on every version
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        return "amx_bf16" in flags or "avx512_bf16" in flags
-    return False
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(errors="replace") if info.exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The arithmetic called `name`; "auto": bfloat16 where `device` has units for it. Raises `UserError`: none of these."""
     if name not in PRECISIONS:
         raise UserError(f"--precision {name}: choose one of {', '.join(PRECISIONS)}")
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    bfloat16 = has_bfloat16_units(device) if name == "auto" else name == "bfloat16"
+    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 def training_layout(device: torch.device, precision: torch.dtype) -> torch.memory_format:
@@ -87,8 +83,7 @@ def memory_kept() -> Iterator[None]:
     if mallopt is None:
         yield
         return
-    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX in malloc.h
-    trim, mapped_from, most_mapped, most_arenas = -1, -3, -4, -8
+    trim, mapped_from, most_mapped, most_arenas = -1, -3, -4, -8  # as malloc.h numbers them
     mallopt(most_arenas, 1)  # the arenas of threads give back whatever they can; glibc cannot undo this one
     mallopt(most_mapped, 0)
     mallopt(trim, -1)  # never
@@ -142,16 +137,11 @@ def map_threads(
 
 def git_commit() -> str | None:
     """The commit of the checkout this package is imported from, with "+changes" where files differ; None elsewhere."""
-
-    def ask(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
+    # --git-dir: an installed package may lie inside somebody else's checkout; --exclude: no tags
+    command = ["git", "--git-dir=.git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    options: dict[str, Any] = {"cwd": Path(__file__).resolve().parents[1], "capture_output": True, "text": True}
     try:
-        # an installed package may lie inside somebody else's checkout: only our own counts
-        if Path(ask("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[1]:
-            return None
-        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, check=True, timeout=10, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

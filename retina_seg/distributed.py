@@ -37,14 +37,14 @@ class World:
     def device(self, name: str) -> torch.device:
         """The device called `name` (`device.choose_device`); of several GPUs this process's own."""
         device = choose_device(name)
-        if self.size > 1 and device.type == "cuda":
-            if self.local_size > torch.cuda.device_count():
-                raise UserError(
-                    f"{self.local_size} processes need as many GPUs; lower --nproc_per_node or add --device cpu"
-                )
-            device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(device)
-        return device
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if self.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"{self.local_size} processes need as many GPUs; lower --nproc_per_node or add --device cpu"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -78,8 +78,7 @@ def process_group() -> Iterator[World]:
         yield World()
         return
     try:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        world = World(*(int(os.environ[name]) for name in names))
+        world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, "env://", timeout=TIMEOUT)
     except (KeyError, ValueError) as error:

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from retina_seg.ellipse import fit_ellipse, flat_cut, outside
-
 DETECTION_SIDE = 256  # longest side the search works at: finer only costs time
 LARGEST_SIDE = 8192  # pixels an image may be scaled to: more is a mistake, or meant to exhaust the memory
 BLACK = 8  # grey levels: an image that is nowhere brighter, and has no disc, shows nothing
 LEVELS = (0.12, 0.04, 0.35)  # of the contrast, for what is lit: low ones for dark sides, high ones for a glow
 CLEAR, SURE, LEAST = 0.75, 0.7, 0.4  # step across the rim: no other level is tried; needs no flat surround; is a disc
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 721)), np.sin(np.linspace(0, 2 * np.pi, 721))], axis=1)[:-1]
+TOLERANCE = 1.2  # pixels between an ellipse and a point that agrees with it
+SAMPLES = np.random.default_rng(0).random((192, 4))  # of the points, in [0, 1): four an ellipse
+JITTER = np.random.default_rng(1).random((192, 4, 4)) * 1e-9  # a point may be drawn twice
+ROUND = np.array([[1.0, -1.0, 0.0, 0.0]])  # times (A, B, C, D) is 0 for a circle
 
 
 class _Disc(NamedTuple):
@@ -110,15 +112,15 @@ def _discs_above(contrast: np.ndarray, threshold: float, floor: float) -> list[_
             break
         part = labels == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
         disc = _fit(part, contrast, floor)
-        if disc is not None and all(outside(other.ellipse, *disc.ellipse[:2]) > 0 for other in discs):
+        if disc is not None and all(_outside(other.ellipse, *disc.ellipse[:2]) > 0 for other in discs):
             discs.append(disc)
             least = max(least, 0.3 * area)
-        lit[part if disc is None else outside(disc.ellipse, *grid) < 3] = 0
+        lit[part if disc is None else _outside(disc.ellipse, *grid) < 3] = 0
         if cv2.countNonZero(lit) < least:
             break
     discs.sort(key=lambda disc: -disc.ellipse[2] * disc.ellipse[3])
     if discs and (discs[0].step < SURE or discs[0].ellipse[2:].prod() < 0.06 * lit.size):  # not of an optic disc?
-        beside = np.all([outside(disc.ellipse, *grid) > 2 for disc in discs], axis=0)
+        beside = np.all([_outside(disc.ellipse, *grid) > 2 for disc in discs], axis=0)
         if np.median(whole[beside]) > 0.08 * np.percentile(whole, 95):
             return []
     return [disc for disc in discs if disc.ellipse[2:].prod() >= 0.5 * discs[0].ellipse[2:].prod()]
@@ -127,17 +129,17 @@ def _discs_above(contrast: np.ndarray, threshold: float, floor: float) -> list[_
 def _fit(part: np.ndarray, contrast: np.ndarray, floor: float) -> _Disc | None:
     """The disc whose rim the lit `part` (h, w) bool shows, or None."""
     ends = [_ends(part, contrast, side) for side in range(4)]
-    ellipse = fit_ellipse(np.concatenate(ends), max(part.shape))
+    ellipse = _fit_ellipse(np.concatenate(ends), max(part.shape))
     if ellipse is None:
         return None
-    low, high = np.array([flat_cut(some, ellipse, side) for side, some in enumerate(ends)]).reshape(2, 2).T
+    low, high = np.array([_flat_cut(some, ellipse, side) for side, some in enumerate(ends)]).reshape(2, 2).T
     rim = [ellipse[:2] + (ellipse[2:] + further) * CIRCLE[::8] for further in (-2, 2)]
     last = np.array(part.shape[::-1]) - 1
     seen = np.all([(xy > 0) & (xy < last) & (xy > low) & (xy < high) for xy in rim], axis=(0, 2))
     inside, beyond = (contrast[tuple(np.rint(xy[seen]).astype(int).T[::-1])] for xy in rim)
     steps = np.maximum(inside - beyond, 0) / (inside + beyond + floor)
     step = float(steps.sum()) / max(len(steps), 20)  # too little of the arc shows little
-    far = outside(ellipse, *np.concatenate(ends).T)
+    far = _outside(ellipse, *np.concatenate(ends).T)
     tabs = np.concatenate(ends)[(far > 1.5) & (far < 0.07 * ellipse[2])]
     return _Disc(ellipse, low, high, step, tabs[: len(tabs) * (len(tabs) < 0.1 * len(far))]) if step >= LEAST else None
 
@@ -159,6 +161,63 @@ def _ends(part: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
     edge = first[rows] + 1.5 - np.clip(share, 0, 1).sum(axis=1)
     edge = part.shape[1] - 1 - edge if side % 2 else edge
     return np.stack([rows, edge] if side > 1 else [edge, rows], axis=1).astype(float)
+
+
+def _outside(ellipse: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How far outside the ellipse, (4, ...) float, points x, y lie, in their unit; negative inside. Broadcasts."""
+    x0, y0, rx, ry = ellipse
+    return (np.sqrt(((x - x0) / rx) ** 2 + ((y - y0) / ry) ** 2) - 1) * (rx + ry) / 2
+
+
+def _fit_ellipse(points: np.ndarray, longest: int) -> np.ndarray | None:
+    """The ellipse (4,) with level axes, of ratio 0.8 to 1.25, that most of `points` (n, 2) agree with, or None.
+
+    A x^2 + B y^2 + C x + D y = 1 from four points, or a circle from three, many times; then by least squares. Source:
+    Fischler and Bolles, "Random sample consensus" (1981), here with the same samples for every image.
+    """
+    if len(points) < 16:
+        return None
+    middle, near = (points.min(axis=0) + points.max(axis=0)) / 2, TOLERANCE / longest
+    x, y = ((points - middle) / longest).T
+    terms, few = np.stack([x * x, y * y, x, y], axis=1), slice(None, None, max(1, len(x) // 128))
+    samples, ones = terms[(SAMPLES * len(points)).astype(int)], np.ones((len(SAMPLES), 4, 1))
+    samples[::2, 3], ones[::2, 3] = ROUND, 0
+    found = _ellipses(np.linalg.solve(samples + JITTER, ones)[..., 0])
+    best = found[:, np.argmax((np.abs(_outside(found[..., None], x[few], y[few])) < near).sum(axis=1))]
+    for tolerance in (1.5 * near, near, near):
+        chosen = np.abs(_outside(best, x, y)) < tolerance
+        count = int(chosen.sum())
+        if count < 16:
+            return None
+        system = np.concatenate([terms[chosen], 0.005 * np.sqrt(count) * ROUND])  # of a short arc rather a circle
+        best = _ellipses(np.linalg.lstsq(system, np.append(np.ones(count), 0), rcond=None)[0])
+    return None if np.isnan(best[0]) else best * longest + np.append(middle, [0, 0])
+
+
+def _ellipses(found: np.ndarray) -> np.ndarray:
+    """Centre x, y and radii x, y (4, n) of A, B, C, D (n, 4); NaN where they are none, or too long or too large a one."""
+    a, b, c, d = found.T
+    with np.errstate(all="ignore"):
+        x, y = -c / (2 * a), -d / (2 * b)
+        rx, ry = (np.sqrt((1 + a * x**2 + b * y**2) / k) for k in (a, b))
+        valid = (rx / ry > 0.8) & (rx / ry < 1.25) & (rx > 0.08) & (rx < 1)
+        return np.where(valid, [x, y, rx, ry], np.nan)
+
+
+def _flat_cut(ends: np.ndarray, ellipse: np.ndarray, side: int) -> float:
+    """The x or y of a flat cut at the ellipse's `side` (least x, greatest x, least y, greatest y), or infinity.
+
+    There half of the chord's `ends`, (n, 2) float x, y, lie in line.
+    """
+    axis, sign = side // 2, 1 - 2 * (side % 2)
+    inside = ends[_outside(ellipse, *ends.T) < -1.5, axis]
+    if len(inside) >= 4:
+        common = np.bincount(np.maximum(np.rint(inside), 0).astype(int)).argmax()
+        there = inside[np.abs(inside - common) <= 1]
+        height = (common - ellipse[axis]) / ellipse[2 + axis]
+        if height * sign < 0 and len(there) > ellipse[3 - axis] * np.sqrt(max(0.0, 1 - height**2)):
+            return float(np.median(there))
+    return -np.inf * sign
 
 
 def _hull(small: np.ndarray, surround: np.ndarray) -> np.ndarray:

@@ -27,27 +27,28 @@ IMAGE_SUFFIXES = (
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
 FEW = 16  # a mask of at most so many values holds classes, not shades
+DIM, MOST_GREY = 192, 0.15  # a mask that nowhere reaches this is dim, and no mask if so much of it lies between
 _REASONS = {
     MemoryError: "is too large for the memory of this machine; scale the image down",
     Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
     PermissionError: "may not be read; check its permissions",
 }
+_VIDEO = "a video; save the frame that you need as PNG"
 _OTHERS = {  # what begins so, beyond what `file_kind` knows
     b"\x93NUMPY": "a NumPy array; write it with retina_seg.images.write_image",
     b"%!PS": "PostScript; export it as PNG or TIFF",
-    b"\x1aE\xdf\xa3": "a video; save the frame that you need as PNG",
-    b"RIFF": "a video; save the frame that you need as PNG",
+    b"\x1aE\xdf\xa3": _VIDEO,
+    b"RIFF": _VIDEO,
 }
 
 
 def _unknown(path: Path, start: bytes) -> str:
     """What a file is that is no image, with the remedy."""
-    other = "a video; save the frame that you need as PNG" if file_format(start) == "video" else None
-    other = other or next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
-    other = other or (None if path.suffix.lower() == ".gz" else file_kind(path))
-    if other is None:
+    known = next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
+    what = _VIDEO if file_format(start) == "video" else known or file_kind(path)
+    if what is None:
         return "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
-    return f"is not an image but {other}" + ("" if ";" in other else "; give an image file")
+    return f"is not an image but {what}" + ("" if ";" in what else "; give an image file")
 
 
 def _read(path: str | Path, convert: Callable[[Image.Image], tuple[np.ndarray, str]] | None = None) -> tuple[Any, Any]:
@@ -126,36 +127,37 @@ def as_image(image: Any) -> np.ndarray:
         raise ValueError(f"an image is an array, a PIL image or a path, got None: {how}")
     if isinstance(image, Image.Image):
         image = np.asarray(_on_black(as_8_bits(image)[0]).convert("RGB"))
-    if hasattr(image, "detach"):  # a torch tensor, whose channels are first
+    if hasattr(image, "is_floating_point"):  # a torch tensor, whose channels are first
         image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.detach().cpu().numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
     if not isinstance(image, np.ndarray) or image.dtype.kind not in "uif":
         what = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"an image is an array of numbers, a PIL image or a path, got {what}")
-    channels = image.shape[2] if image.ndim == 3 else 3 if image.ndim == 2 else 0
-    if channels not in (1, 3, 4) or 0 in image.shape:
+    image = image[:, :, None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
         raise ValueError(f"an image has shape (H, W, 3) or (H, W), got {image.shape}")
     if image.dtype != np.uint8:
         image = scale_to_8_bits(image)[0]
-    if channels == 4:
+    if image.shape[2] == 4:
         return np.asarray(_on_black(Image.fromarray(np.ascontiguousarray(image))).convert("RGB"))
-    return image if channels == 3 and image.ndim == 3 else np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
 def load_mask(path: str | Path) -> tuple[np.ndarray, str]:
     """Decode a mask: (H, W) uint8, vessel above 127, and a remark, "" if it is an ordinary one. Raises as `load_image`.
 
-    Grey values are kept, with two exceptions where there are few: if none is above 127, all above the lowest become 255;
-    else those become 255 that are classes of their own, not the grey of resampled edges. Of colours the brightest channel
-    counts, and the alpha channel where all that is not transparent has one colour. A palette is looked up: some public
-    sets store inverted ones.
+    Grey values are kept, with these exceptions. Of few values none above 127: all above the lowest become 255. Of three
+    values, or of few whose dark ones fill areas as no resampled edge does: those become 255. Of many values all below 192,
+    nearly all dark or bright: those above half of the bright become 255. Of colours the brightest channel counts, and the
+    alpha channel where all that is not transparent has one colour. A palette is looked up: some public sets store inverted
+    ones.
     """
     return _read(path, _vessels)
 
 
 def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
     """The mask (H, W) uint8 in a decoded image, and the remark of `load_mask`."""
-    said, grey = [], None
+    said, lossy, grey = [], image.format in ("JPEG", "MPO"), None
     if image.mode in ("RGBA", "LA", "PA"):
         pixels = np.asarray(image.convert("RGBA"))
         opaque = pixels[pixels[:, :, 3] > 0, :3]
@@ -165,28 +167,38 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
     if grey is None and image.mode not in ("1", "L"):
         pixels = np.asarray(image.convert("RGB"))
         brightest = pixels.max(axis=2)
-        if np.max(brightest - pixels.min(axis=2)) > 64:  # the noise of JPEG is less
+        colour = np.max(brightest - pixels.min(axis=2))
+        if colour > 64 or (colour and not lossy and len(np.unique(brightest)) <= FEW):  # the noise of JPEG is less
             grey, said = brightest, ["colours: the brightest channel counts"]
     grey = np.array(image.convert("L") if grey is None else grey)
-    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    counts = np.bincount(grey.ravel(), minlength=256)
+    values = np.flatnonzero(counts)
     low, high = values[0] if len(values) > 1 else 0, values[-1]
     if high == 0:
         said.append("all black, so its image counts as without vessels")
-    elif high <= 127 and len(values) > FEW:
-        said.append(f"its brightest value is {high}, vessel is above 127")
-    elif len(values) <= FEW:
+    elif lossy and high < FEW:
+        raise UserError(f"has no value above {high}, where JPEG has noise of its own; save the mask as PNG")
+    elif len(values) <= FEW and not lossy:
         dark = [int(value) for value in values if low < value <= 127]
         # the values of resampled edges lie in thin lines
-        solid = [
-            v
-            for v in dark
-            if high <= 127 or cv2.erode((grey == v).astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any()
-        ]
-        if solid:
+        solid = [v for v in dark if high <= 127 or len(values) == 3 or _fills_areas(grey == v)]
+        if solid or len(values) == 3:
             grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
             which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
             said.append(f"values {', '.join(map(str, values))}: {which} are vessel")
+    elif high < DIM:
+        level = np.percentile(grey[grey > high // 4], 90) / 2  # JPEG's noise lifts a few pixels above the mask's white
+        if np.count_nonzero((grey > level / 4) & (grey < 1.5 * level)) < MOST_GREY * grey.size:
+            grey = np.uint8(255) * (grey > level)
+            said.append(f"values up to {high}: those above {level:.0f} are vessel")
+        elif high <= 127:
+            said.append(f"its brightest value is {high}, vessel is above 127")
     return grey, "; ".join(said)
+
+
+def _fills_areas(pixels: np.ndarray) -> bool:
+    """Whether somewhere 3x3 of `pixels` (H, W) bool are True."""
+    return bool(cv2.erode(pixels.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any())
 
 
 def read_mask(path: str | Path) -> np.ndarray:

@@ -230,7 +230,7 @@ class FastAttentionUNet(nn.Module):
         """Replace the styles' logits by sums of them, one for each row of `shares`: the last convolution is linear."""
         last, mixed = self.head if self.fine is None else self.fine[-1], torch.tensor(shares)
         for name in ("weight", "bias"):
-            values = getattr(last, name).detach().unflatten(0, (mixed.shape[1], -1))
+            values = getattr(last, name).detach().unflatten(0, (mixed.shape[1], 4 if self.fine is None else 1))
             setattr(last, name, nn.Parameter(torch.tensordot(mixed, values, dims=1).flatten(0, 1)))
         last.out_channels = len(last.bias)
 
@@ -239,19 +239,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "attention_unet": AttentionUNet,
     "fast_attention_unet": FastAttentionUNet,
 }
-
-
 DEFAULT_STRIDE = 32  # of a network that does not say what its height and width must be multiples of
 
 
 def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
     """Make a network usable by `name`: in `TrainConfig.model`, in the command (`--import`), in checkpoints.
 
-    Args:
-        factory: of `model_arguments`, gives a network: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W). The network
-            may have `stride` (else 32) and `receptive_field` (else it is not tiled), as those above.
-
-    Raises `UserError`: the name is one of this package's.
+    `factory`, of `model_arguments`, gives a network: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W), maybe with `stride`
+    (else 32) and `receptive_field` (else it is not tiled). Raises `UserError`: the name is one of this package's.
     """
     if name in MODELS and MODELS[name].__module__ == __name__:
         raise UserError(f"{name}: is a network of this package; register yours under another name")

@@ -48,28 +48,17 @@ class Muon(torch.optim.Optimizer):
     w <- (1 - lr decay) w - lr 0.2 sqrt(max(out, in k k)) orthogonalized((1 - b) g + b m). The factor gives a step the
     size that AdamW's usually have, so one learning rate serves both.
 
-    Args:
-        parameters: of the network.
-        lr: learning rate; weight_decay: decoupled, as AdamW's; momentum: b above.
-        betas, eps: of the AdamW part.
+    `lr` is the learning rate; `weight_decay` is decoupled, as AdamW's; `momentum` is b above.
     """
 
     def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float = 2e-3,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        self, parameters: Iterable[nn.Parameter], lr: float = 2e-3, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
-        parameters = list(parameters)
-        matrices = [value for value in parameters if value.dim() > 1 and min(len(value), value[0].numel()) > 1]
-        taken = {id(value) for value in matrices}
-        others = [value for value in parameters if id(value) not in taken]
-        groups = [{"params": part, "muon": muon} for part, muon in ((matrices, True), (others, False)) if part]
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__(groups, defaults)
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for value in parameters:
+            groups[value.dim() > 1 and min(len(value), value[0].numel()) > 1].append(value)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": (0.9, 0.999), "eps": 1e-8}
+        super().__init__([{"params": part, "muon": muon} for muon, part in groups.items() if part], defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

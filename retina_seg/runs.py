@@ -28,21 +28,19 @@ def free_folder(path: str | Path) -> Path:
 
 
 def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
-    """Make sure that `config.output` holds no run yet or, to `resume`, one of this config; clear what a kill left half-written.
+    """Clear what a kill left half-written in `config.output`.
 
-    Raises:
-        UserError: it holds a run that is not asked for, none where one is, or one of another config or number of processes.
+    Raises `UserError`: it holds a run, and not to `resume`; or none, or one of another config or number of processes.
     """
     folder = user_path(config.output)
     if not resume:
         if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
-            raise UserError(
-                f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it"
-            )
+            remedy = "choose another --output, go on with --resume, or remove it"
+            raise UserError(f"{folder}: already holds a run; {remedy}")
         return
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no run to go on with; train without --resume")
-    for path in folder.glob(".*.partial*"):  # what a killed process left half written
+    for path in folder.glob(".*.partial*"):
         path.unlink(missing_ok=True)
     free = {"preset", "data", "output", "device", "workers", "epochs"}
     written = TrainConfig.from_json(folder / "config.json")
@@ -55,10 +53,7 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
 
 
 def unfinished(path: Path, epoch: Any) -> str | None:
-    """What the training that wrote the checkpoint file `path` lacks: "epoch 6 of 10, training not finished"; else None.
-
-    `epoch`: the checkpoint's own, None where it is not known.
-    """
+    """What the training that wrote `path` lacks: "epoch 6 of 10, training not finished"; `epoch`: the checkpoint's, or None."""
     history, done = path.with_name("history.csv"), epoch if isinstance(epoch, int) else 0
     with contextlib.suppress(UserError):  # weights alone, or a run of another version
         planned = TrainConfig.from_json(path.with_name("config.json")).epochs
@@ -69,23 +64,25 @@ def unfinished(path: Path, epoch: Any) -> str | None:
 
 
 def remarks(name: str | Path) -> list[str]:
-    """Lines to print about the weights `name` (as `find_weights` takes it): a training that is not finished."""
-    what = unfinished(path := find_weights(name), load_checkpoint(path).get("epoch"))
+    """Lines to print about the weights `name` (as `find_weights` takes it): what is not finished or not known."""
+    checkpoint = load_checkpoint(path := find_weights(name))
+    what = unfinished(path, checkpoint.get("epoch"))
+    if checkpoint["format"] is None and checkpoint["model"] != "attention_unet":
+        what = (
+            "weights alone: the frame they were trained in is not known, 512x512 is assumed; give the whole checkpoint"
+        )
     return [f"note: {path}: {what}"] if what else []
 
 
 def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
-    """`config` with the network, working frame and threshold of its `weights`; and that network, in its default style.
-
-    Raises `UserError`: as `load_model`.
-    """
+    """`config` with the network, frame and threshold of its `weights`, and that network. Raises as `load_model`."""
     model, notes = load_model(config.weights or "")
     arguments = {key: value for key, value in notes["arguments"].items() if key != "styles"}
     changes: dict[str, Any] = {"model": notes["model"], "model_arguments": arguments}
     if (frame := notes.get("frame") or ResizeFrame().to_dict())["kind"] == "fov":
         changes |= {"frame": "fov", "fov_diameter": frame["fov_diameter"]}
-        changes |= {"largest_diameter": frame.get("largest_diameter")}
-        changes |= {"normalise": "fov" if frame.get("normalise") else "none"}
+        changes["largest_diameter"] = frame.get("largest_diameter")
+        changes["normalise"] = "fov" if frame.get("normalise") else "none"
     else:
         changes |= {"frame": "resize", "size": frame["size"][0]}
     if config.threshold == "fixed":

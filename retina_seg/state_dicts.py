@@ -28,7 +28,6 @@ class _Unread:
 _PLAIN = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _PLAIN += ["numpy.dtype", "numpy.ndarray", "argparse.Namespace", "types.SimpleNamespace", "datetime.datetime"]
 _PLAIN += ["pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"]
-_BESIDE_WEIGHTS: list[Any] = [(_Unread, name) for name in _PLAIN]
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of keys
 # keys beside a network's: of averaging, of a loss, of a profiler
 _NO_NETWORKS = re.compile(r"n_averaged$|(\w*_)?(loss|criterion|metric)\w*(\.|$)|(.*\.)?total_(ops|params)$")
@@ -37,7 +36,7 @@ _NO_NETWORKS = re.compile(r"n_averaged$|(\w*_)?(loss|criterion|metric)\w*(\.|$)|
 def load_safely(path: Path) -> Any:
     """What `torch.save` wrote to `path`, without running any code in it. Raises `UserError`: what it is instead."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_BESIDE_WEIGHTS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Unread, name) for name in _PLAIN]):
             warnings.simplefilter("ignore")  # torch remarks on odd files before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler of damaged bytes raises anything
@@ -73,10 +72,9 @@ def recognised(path: Path, value: Any) -> dict[str, Any]:
         raise UserError(f"{path}: is not a checkpoint; it holds {keys[:120]} and no weights; {SAVE}")
     if len(found) > 1:
         names = ", ".join(place or "the dictionary itself" for place in found)[:120]
-        raise UserError(
-            f"{path}: holds several networks ({names}); save one of them: torch.save(model.state_dict(), path)"
-        )
-    (weights,), known = map(_unwrapped, found.values()), [(name, {}) for name in MODELS]
+        remedy = "save one of them: torch.save(model.state_dict(), path)"
+        raise UserError(f"{path}: holds several networks ({names}); {remedy}")
+    (weights,), known = map(unwrapped, found.values()), [(name, {}) for name in MODELS]
     known += [(config.model, config.model_arguments) for config in map(TrainConfig.from_preset, PRESETS)]
 
     def differences(kind: tuple[str, dict[str, Any]]) -> int:
@@ -99,15 +97,13 @@ def _state_dicts(value: Any) -> dict[str, dict[str, Tensor]]:
         if id(item) not in seen and not place.startswith("optim"):
             seen.add(id(item))  # two names of one dictionary; a dictionary in itself
             tensors = {str(key): entry for key, entry in items.items() if isinstance(entry, Tensor)}
+            waiting += [(f"{place}.{key}".strip("."), entry) for key, entry in items.items() if key not in tensors]
             if any(key.endswith("weight") and entry.ndim > 1 for key, entry in tensors.items()):
                 found[place] = tensors
-            waiting += [
-                (f"{place}.{key}".strip("."), entry) for key, entry in items.items() if not isinstance(entry, Tensor)
-            ]
     return found
 
 
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without the prefixes that all keys share, as "module.", and without what is no part of a network."""
     weights = {key: value for key, value in weights.items() if not _NO_NETWORKS.match(key)}
     shorter = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in weights}

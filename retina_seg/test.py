@@ -25,17 +25,7 @@ from retina_seg.model import count_parameters
 from retina_seg.runs import check_untrained, held_out_pairs, unfinished
 from retina_seg.sets.files import Data
 from retina_seg.sets.layout import check_masks
-from retina_seg.utils import (
-    Rows,
-    UserError,
-    create_dir,
-    format_number,
-    output_folder,
-    read_json,
-    user_path,
-    write_csv,
-    write_json,
-)
+from retina_seg.utils import Rows, UserError, format_number, output_folder, read_json, user_path, write_csv, write_json
 from retina_seg.visualize import REGION_NAMES, mask_parse
 
 __all__ = ["calculate_metrics", "mask_parse", "score_pairs", "test"]
@@ -73,14 +63,13 @@ def score_pairs(
     how = get_protocol(protocol)
     threshold = threshold if threshold is not None else how.threshold or segmenter.threshold
     check_threshold(threshold)
-    folder = None if pictures is None else create_dir(pictures)
 
     def score(sample: Sample) -> tuple:
         predicted, second = sample.probability > threshold, sample.second_observer
         regions = {"frame": None, "fov": sample.fov}
         network = score_image(sample.mask, predicted, sample.probability, regions)
         observer = None if second is None else score_image(sample.mask, second, None, regions)
-        if folder is not None:
+        if folder:
             strip = visualize.strip(sample.image, np.uint8(sample.mask) * 255, np.uint8(predicted) * 255)
             write_image(folder / f"{sample.name}.png", strip)
             errors = visualize.error_overlay(sample.image, sample.mask, predicted, regions[how.region])
@@ -88,18 +77,21 @@ def score_pairs(
         row = {"name": sample.name, **{region: network[region].scores for region in regions}, "seconds": sample.seconds}
         return row, network, observer
 
-    scored = predict_pairs(segmenter, pairs, how, score)
-    rows, network, observer = zip(*tqdm(scored, "testing", len(pairs), unit="image", disable=not progress), strict=True)
-    result: dict[str, Any] = {"images": list(rows), "threshold": threshold, "rankings": {}, "second_observer": {}}
-    result["seconds"] = float(np.mean([row["seconds"] for row in rows]))
-    observer = [scores for scores in observer if scores is not None]
-    for region in REGION_NAMES:
-        scores = SetScores([scores[region] for scores in network])
-        result[region], result["rankings"][region] = scores.summary(), scores.ranking
-        if observer:
-            result["second_observer"][region] = SetScores([scores[region] for scores in observer]).summary()
-            result["second_observer"]["images"] = len(observer)
-    return result
+    with output_folder(pictures) if pictures else contextlib.nullcontext() as folder:
+        scored = predict_pairs(segmenter, pairs, how, score)
+        bar = tqdm(scored, "testing", len(pairs), unit="image", disable=not progress)
+        rows, network, observer = zip(*bar, strict=True)
+    observed = [scores for scores in observer if scores is not None]
+    sets = {region: SetScores([scores[region] for scores in network]) for region in REGION_NAMES}
+    second = {region: SetScores([scores[region] for scores in observed]).summary() for region in REGION_NAMES}
+    return {
+        **{region: scores.summary() for region, scores in sets.items()},
+        "second_observer": second | {"images": len(observed)} if observed else {},
+        "images": list(rows),
+        "threshold": threshold,
+        "seconds": float(np.mean([row["seconds"] for row in rows])),
+        "rankings": {region: scores.ranking for region, scores in sets.items()},
+    }
 
 
 class Scores(dict[str, Any]):
@@ -111,9 +103,9 @@ class Scores(dict[str, Any]):
     def rows(self) -> Rows:
         """A row an image, as in metrics.csv: "name", "<region>_<score>" and "seconds"."""
         columns = {f"{region}_{score}": (region, score) for region in REGION_NAMES for score in SCORES}
-        return Rows(
-            {**row, **{key: row[region][score] for key, (region, score) in columns.items()}} for row in self["images"]
-        )
+        flat = [{name: row[region][score] for name, (region, score) in columns.items()} for row in self["images"]]
+        pairs = zip(self["images"], flat, strict=True)
+        return Rows({"name": row["name"], **scores, "seconds": row["seconds"]} for row, scores in pairs)
 
     @property
     def table(self) -> Any:
@@ -144,42 +136,32 @@ def test(
     Raises `UserError` as what it calls, or where `output` holds scores of other weights, options or images.
     """
     checkpoint, how = getattr(checkpoint, "folder", checkpoint), get_protocol(protocol)
-    what = {"name": protocol, "data": str(data), "part": part}
+    folder, options = None if output is None else user_path(output), {"precision": "float32", **options}
+    what: dict[str, Any] = {"name": protocol, "data": str(data), "part": part}
     if isinstance(checkpoint, (str, Path)):
         path = find_weights(checkpoint)
-        segmenter, notes = Segmenter.load(path, **{"precision": "float32", **options}), load_checkpoint(path)
-        model = {
-            "epoch": notes.get("epoch"),
-            "unfinished": unfinished(path, notes.get("epoch")),
-            "weights": weights_id(path),
-        }
-        own = (
-            output
-            and path.name == "checkpoint.pth"
-            and user_path(output).resolve().is_relative_to(path.parent.resolve())
-        )
-        what["weights"] = "of this run" if own else weights_id(path)
+        segmenter, notes, identity = Segmenter.load(path, **options), load_checkpoint(path), weights_id(path)
+        epoch = notes.get("epoch")
+        model = {"epoch": epoch, "unfinished": unfinished(path, epoch), "weights": identity}
+        own = folder and path.name == "checkpoint.pth" and folder.resolve().is_relative_to(path.parent.resolve())
+        what["weights"] = "of this run" if own else identity
     else:
-        given = isinstance(checkpoint, Segmenter)
-        segmenter = checkpoint if given else Segmenter(checkpoint, **{"precision": "float32", **options})
+        segmenter = checkpoint if isinstance(checkpoint, Segmenter) else Segmenter(checkpoint, **options)
         notes, model, path = {"model": type(segmenter.model).__name__}, {}, None
     pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
     if path and part == "test":
         check_untrained(path.parent, pairs)
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size"), "given_threshold": threshold}
     what["style"] = options.get("style") or notes.get("style")
-    folder = None if output is None else user_path(output)
-    if folder and (folder / "metrics.json").exists():
-        there = read_json(folder / "metrics.json").get("protocol")
-        there = there if isinstance(there, dict) else {}
-        if other := [key for key, value in what.items() if there.get(key, "none") != value]:
-            raise UserError(
-                f"{folder / 'metrics.json'}: holds other scores ({', '.join(other)}); choose another --output"
-            )
+    if folder and (there := folder / "metrics.json").exists():
+        before = read_json(there).get("protocol")
+        before = before if isinstance(before, dict) else {}
+        if other := [key for key, value in what.items() if before.get(key, "none") != value]:
+            raise UserError(f"{there}: holds other scores ({', '.join(other)}); choose another --output")
     for line in check_masks(pairs):
         tqdm.write(line)
     images = folder / "images" if folder and pictures else None
-    with output_folder(images or folder) if folder else contextlib.nullcontext():
+    with output_folder(folder) if folder else contextlib.nullcontext():
         result = score_pairs(segmenter, pairs, protocol, threshold, images, progress)
     chosen = "given" if threshold is not None else "fixed" if how.threshold else notes.get("threshold_from", "fixed")
     what |= {"size": f"{how.size[1]}x{how.size[0]}" if how.size else "native", "threshold": result["threshold"]}
@@ -195,9 +177,7 @@ def test(
         return value
     write_json(folder / "metrics.json", value)
     rows = value.rows
-    write_csv(
-        folder / "metrics.csv", [name for name in rows[0] if name not in (*REGION_NAMES, "seconds")] + ["seconds"], rows
-    )
+    write_csv(folder / "metrics.csv", list(rows[0]), rows)
     if images:
         rows.sort(key=lambda row: -1 if math.isnan(row["frame_f1"]) else row["frame_f1"])
         errors = (read_image(images / f"{row['name']}_errors.png") for row in rows)

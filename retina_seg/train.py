@@ -22,6 +22,7 @@ from retina_seg.checkpoint import LAST, load_checkpoint, load_last, load_model, 
 from retina_seg.config import TrainConfig
 from retina_seg.device import autocast, choose_precision, environment, memory_kept, out_of_memory, training_layout
 from retina_seg.distributed import World, set_epoch
+from retina_seg.fov import LARGEST_SIDE
 from retina_seg.loss import LOSSES
 from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
@@ -154,22 +155,19 @@ def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
     training, validation = split_set(config)
     if config.frame == "resize":
         # the original's order, a sorted glob (10 before 2): with its seed and torch's shuffle, its batches too
-        training, validation = (sorted(part, key=lambda pair: pair.image.name) for part in (training, validation))
-        datasets = [
-            data.DriveDataset([p.image for p in part], [p.mask for p in part], (side, side)) if part else None
-            for part in (training, validation)
-        ]
-        return _Data(*datasets, training, validation, ResizeFrame(side, side))
+        parts = [sorted(part, key=lambda pair: pair.image.name) for part in (training, validation)]
+        files = [([pair.image for pair in part], [pair.mask for pair in part]) for part in parts]
+        first, second = (data.DriveDataset(*some, (side, side)) if some[0] else None for some in files)
+        return _Data(first, second, *parts, ResizeFrame(side, side))
     # stored variants of a photo would only make it count several times: augmentation draws its own
     training, validation = ([*{p.photo: p for p in reversed(part)}.values()] for part in (training, validation))
     how, styles = Augmentation.changed(config.augmentation), config.styles == "datasets"
     normalise = config.normalise == "fov"
-    patches = data.PatchDataset(
-        training, config.fov_diameter, side, config.patches, how, config.seed, normalise, styles
-    )
+    drawn = {"size": side, "patches": config.patches, "how": how, "seed": config.seed}
+    patches = data.PatchDataset(training, config.fov_diameter, **drawn, normalise=normalise, styles=styles)
     diameter = patches.frame.fov_diameter
-    if config.largest_diameter is not None and not diameter <= config.largest_diameter <= data.LARGEST_SIDE:
-        low_high = f"{diameter:g}, the field-of-view diameter, and {data.LARGEST_SIDE} pixels"
+    if config.largest_diameter and not diameter <= config.largest_diameter <= LARGEST_SIDE:
+        low_high = f"{diameter:g}, the field-of-view diameter, and {LARGEST_SIDE} pixels"
         raise UserError(f"--largest-diameter {config.largest_diameter}: must lie between {low_high}")
     frame = FovFrame(diameter, config.largest_diameter, normalise)
     datasets = patches.datasets if styles else []
@@ -214,10 +212,9 @@ def fit(
             one for training and one for validation. The config's frame is what images are brought to in use.
         callbacks: each is called after every epoch with its row of `history` and the network with the kept weights.
 
-    Raises `UserError`: a value of `config` that cannot be, data that cannot be read, a folder that may not be written
-    to, or one that already holds a run while `resume` is off, too little memory; a run that another number of processes
-    began. Raises `NotFinite`: the loss or a gradient is not finite; the epochs before are saved.
-    Raises `KeyboardInterrupt`: stopped; the message says how to go on.
+    Raises `UserError`: a value of `config` that cannot be, data that cannot be read, a folder that cannot be written to
+    or holds another run, too little memory. `NotFinite`: the loss or a gradient is not finite; the epochs before are
+    saved. `KeyboardInterrupt`: stopped; the message says how to go on.
     """
     world = world or World()
     config.check()
@@ -250,9 +247,7 @@ def fit(
         world.barrier()
         if resume:
             loop.load()
-            if world.is_main and TrainConfig.from_json(folder / "config.json").epochs != config.epochs:
-                loop.describe()
-        elif world.is_main:
+        if world.is_main and not (resume and TrainConfig.from_json(folder / "config.json").epochs == config.epochs):
             loop.describe()
     progress = progress and world.is_main
     bar = tqdm(total=loop.steps, initial=loop.state["step"], unit="step", disable=not progress, desc="training")
@@ -266,10 +261,8 @@ def fit(
                     callback(loop.state["history"][-1], loop.kept)
     except KeyboardInterrupt as stop:
         command = "retina-seg" if world.size == 1 else f"torchrun --nproc_per_node={world.size} -m retina_seg"
-        stop.args = (
-            f"stopped in epoch {number} of {config.epochs}, the epochs before it are saved; "
-            f"go on with: {command} train --resume {shlex.quote(config.output)}",
-        )
+        where = f"stopped in epoch {number} of {config.epochs}, the epochs before it are saved"
+        stop.args = (f"{where}; go on with: {command} train --resume {shlex.quote(config.output)}",)
         raise
     if world.is_main:
         loop.finish()
@@ -417,10 +410,9 @@ class _Loop:
             if "cuda" in value["random"] and self.device.type == "cuda":
                 torch.cuda.set_rng_state(value["random"]["cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{self.folder / LAST}: is not of this config, or of another version of the package "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:80]}); train anew with another --output"
-            ) from None
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            what = f"is not of this config, or of another version of the package ({why})"
+            raise UserError(f"{self.folder / LAST}: {what}; train anew with another --output") from None
 
     def finish(self) -> None:
         """Choose the threshold where the config says so, draw the curves."""

@@ -35,11 +35,7 @@ def mask_to_tensor(mask: np.ndarray) -> Tensor:
 def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
     """Light, contrast and tint taken out: each channel at mean 128 and standard deviation 32 over the field of view.
 
-    Args:
-        image: (H, W, 3) uint8; fov: (H, W) bool.
-
-    Returns:
-        (H, W, 3) uint8, 0 outside the field of view. A channel without contrast is 128.
+    `image` (H, W, 3) uint8, `fov` (H, W) bool -> (H, W, 3) uint8, 0 outside of it. A channel without contrast is 128.
     """
     inside = fov.astype(np.uint8)
     mean, spread = (value.ravel() for value in cv2.meanStdDev(image, mask=inside))
@@ -134,10 +130,10 @@ class FovFrame:
         top, left, bottom, right = box = fov_box(fov)
         diameter = max(fov_diameter(fov), 1.0)
         scale = self.working_diameter(diameter) / diameter
-        inside = fov if self.normalise and fov.any() else None
         if abs(scale - 1) <= SAME_SCALE:
-            return Placement(box, (bottom - top, right - left), normalised=inside)
+            scale = 1.0
         size = (max(1, round((bottom - top) * scale)), max(1, round((right - left) * scale)))
+        inside = fov if self.normalise and fov.any() else None
         image_how, mask_how = (cv2.INTER_AREA,) * 2 if scale < 1 else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
         return Placement(box, size, image_how, mask_how, inside)
 
@@ -174,8 +170,7 @@ def frame_from_dict(value: Any) -> Frame:
 def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.ndarray, tuple[slice, slice]]:
     """`image` (H, W[, C]) in zeros, height and width multiples of `stride`; and where it lies in the result.
 
-    Args:
-        margin: strides of zeros at the top and left, and at least as much at the bottom and right.
+    `margin`: strides of zeros at the top and left, and at least as many at the bottom and right.
     """
     height, width = image.shape[:2]
     space = margin * stride
@@ -231,12 +226,8 @@ def augment_geometry(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A patch of image and mask together, rotated, scaled and elastically deformed in a single interpolation.
 
-    Args:
-        image: (H, W, 3) uint8 RGB, the box of the field of view; mask: (H, W) uint8.
-        size: side of the patch, pixels.
-
-    Returns:
-        (size, size, 3) uint8 and (size, size) uint8; black beyond the image.
+    `image` (H, W, 3) uint8 RGB, the box of the field of view, and `mask` (H, W) uint8 -> (size, size, 3) and (size, size)
+    uint8; black beyond the image.
     """
     # patches stay inside the image where it is larger than they are, so that black surround is not learnt at length
     sides = np.array(mask.shape)
@@ -254,18 +245,16 @@ def augment_geometry(
         centre = np.floor(centre) + (size % 2 == 0) * 0.5
     shift = centre - linear @ np.full(2, (size - 1) / 2)
     matrix = np.hstack([linear, shift[:, None]])
+    image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
     if how.bend and not exact:
         ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
         knots = max(3, size // 64)
         coarse = rng.normal(0, how.bend, (2, knots, knots)).astype(np.float32)
         bent = [cv2.resize(axis, (size, size), interpolation=cv2.INTER_CUBIC) for axis in coarse]
         map_x, map_y = (m[0] * xs + m[1] * ys + m[2] + b for m, b in zip(matrix.astype(np.float32), bent, strict=True))
-        return (cv2.remap(image, map_x, map_y, cv2.INTER_CUBIC), cv2.remap(mask, map_x, map_y, cv2.INTER_LINEAR))
-    image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
-    return (
-        cv2.warpAffine(image, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | image_how),
-        cv2.warpAffine(mask, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | mask_how),
-    )
+        return cv2.remap(image, map_x, map_y, image_how), cv2.remap(mask, map_x, map_y, mask_how)
+    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | image_how)
+    return image, cv2.warpAffine(mask, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | mask_how)
 
 
 def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:

@@ -34,10 +34,7 @@ class UserError(Exception):
 
 
 def seeding(seed: int) -> None:
-    """Seed every random source a run draws from: `random`, NumPy, torch (all devices).
-
-    Raises `UserError`: a seed that one of them does not take.
-    """
+    """Seed `random`, NumPy and torch on all devices. Raises `UserError`: a seed that one of them does not take."""
     import torch
 
     if not 0 <= seed < 2**63:
@@ -71,26 +68,18 @@ _KINDS = {  # what a file's first bytes tell
 
 
 def file_kind(path: str | Path) -> str | None:
-    """What a file is that is neither image nor checkpoint, with the remedy, by its first bytes; None: not known.
-
-    Raises `OSError`: it cannot be read.
-    """
+    """What a file is that is neither image nor checkpoint, with the remedy, by its first bytes; None: not known."""
     with open(path, "rb") as file:
         start = file.read(512)
     if not start:
         return "an empty file; copy or download it again"
     begins = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     known = next((kind for mark, kind in _KINDS.items() if begins.startswith(mark.lower())), None)
-    if known is None and not set(start) - {9, 10, 13, *range(32, 127)}:
-        return "a text file"
-    return known
+    return known or (None if set(start) - {9, 10, 13, *range(32, 127)} else "a text file")
 
 
 def create_dir(path: str | Path) -> Path:
-    """Make the folder `path`, its parents too, unless it is there; returns it as a `Path`.
-
-    Raises `UserError`: the place is a file, or may not be written to.
-    """
+    """Make the folder `path` with its parents; returns it. Raises `UserError`: it is a file, or may not be written to."""
     path = user_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -118,8 +107,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
 
 def epoch_time(start_time: float, end_time: float) -> tuple[int, int]:
     """The time between two `time.time()` readings (seconds) as whole (minutes, seconds)."""
-    minutes, seconds = divmod(int(end_time - start_time), 60)
-    return minutes, seconds
+    return divmod(int(end_time - start_time), 60)
 
 
 def natural_key(text: str | Path) -> tuple:
@@ -133,9 +121,9 @@ def natural_sort(items: Iterable[T]) -> list[T]:
     return sorted(items, key=natural_key)
 
 
-def format_number(value: float | None, digits: int = 4, missing: str = "-") -> str:
-    """`value` with `digits` decimals; `missing` for None, NaN and infinity."""
-    return missing if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+def format_number(value: float | None, digits: int = 4) -> str:
+    """`value` with `digits` decimals; "-" for None, NaN and infinity."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def prefetch(
@@ -165,11 +153,9 @@ def prefetch(
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; renamed to `path` when the block ends well, removed when it does not.
+    """Gives a temporary path of the same ending; renamed to `path` when the block ends well, removed when it does not.
 
-    So nobody ever reads half a file under its final name. The temporary name keeps the ending, for writers that go by it.
-
-    Raises `UserError`: the folder may not be written to, or the disk is full.
+    So nobody reads half a file under its final name. Raises `UserError`: no such folder, no permission, a full disk.
     """
     path = user_path(path)
     # short and random: a name of the greatest allowed length still has a temporary twin
@@ -194,9 +180,7 @@ def without_nan(value: Any) -> Any:
         return [without_nan(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -211,10 +195,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in the JSON file `path`.
-
-    Raises `UserError`: there is no such file, or it does not hold a JSON object.
-    """
+    """The object in the JSON file `path`. Raises `UserError`: no such file, or no JSON object in it."""
     path = user_path(path)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -259,8 +240,17 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str,
     write_text(path, csv_text(columns, rows, digits))
 
 
+def read_text(path: str | Path) -> str:
+    """A text in UTF-8 or, as spreadsheets and Windows write, UTF-16. Raises `OSError`: it cannot be read."""
+    data = Path(path).read_bytes()
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape")
+
+
 def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the table at `path`, also as a spreadsheet saves it (byte-order mark, `;` or tab); what a row lacks is None.
+    """The rows of the table at `path`, also as a spreadsheet saves it (UTF-16, `;`, tab, `sep=`); what a row lacks is None.
+
+    Column names lose spaces around them and, where it makes them one of `columns`, their capitals.
 
     Raises `UserError`: it cannot be read, or its header lacks one of `columns`.
     """
@@ -268,12 +258,12 @@ def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: is not a regular file")
-        # a spreadsheet begins its files with a byte-order mark
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
-            rows, found = list(reader), reader.fieldnames or ()
+        text = re.sub("^sep=.\r?\n", "", read_text(path))
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        names = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = found = [name.lower() if name.lower() in columns else name for name in names]
+        rows = list(reader)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if missing := [name for name in columns if name not in found]:

@@ -48,9 +48,9 @@ def error_overlay(
 
 
 def vessel_overlay(image: np.ndarray, vessels: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) uint8 RGB with `OUTLINE` around `vessels` (H, W) bool, which stay as they are; the same shape.
+    """The image (H, W, 3) uint8 RGB with a line around `vessels` (H, W) bool, outside of them; the same shape.
 
-    The line lies outside the vessels. It is 1 pixel wide up to 1,500 pixels of the longer side, then 1 more for each 1,500.
+    It is 1 pixel wide up to 1,500 pixels of the longer side, then 1 more for each 1,500.
     """
     width = max(1, math.ceil(max(vessels.shape) / 1500))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * width + 1, 2 * width + 1))

@@ -300,10 +300,8 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     assert f"/a.png -> {tmp_path}/out/a_*" in shown and "dry run: 4 to segment, 0 done before" in shown
     assert cli.main(arguments) == 1
     shown = "".join(capsys.readouterr())
-    assert (
-        f"3 segmented, 0 done before, 1 failed: {tmp_path}/out; passed over: 3 without ending, 2 .txt, 1 .csv\n"
-        in shown
-    )
+    said = f"3 segmented, 0 done before, 1 failed: {tmp_path}/out; passed over: 3 without ending, 2 .txt, 1 .csv\n"
+    assert said in shown
     assert "bad\\none.png: is not an image" in shown
     (images / "bad\none.png").unlink()
     assert cli.main(arguments) == 0 and "0 segmented, 3 done before" in capsys.readouterr().out

@@ -17,9 +17,10 @@ from conftest import shaken
 from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
 from retina_seg import checkpoint
-from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, load_last, load_model, save_last, save_model
+from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, find_weights, load_last, load_model, save_last, save_model
 from retina_seg.config import TrainConfig
 from retina_seg.model import MODELS, AttentionUNet, build_model
+from retina_seg.runs import remarks
 from retina_seg.train import fit
 from retina_seg.utils import UserError, without_nan
 
@@ -321,3 +322,14 @@ def test_a_run_that_cannot_save_stops_and_then_goes_on(tiny_set, broken, whole, 
     assert load_last(broken)["state"]["epoch"] == epochs
     go_on(config_of("fov", tiny_set, broken))
     assert ends_equal(broken, whole["fov"])
+
+
+def test_wrapped_keys_of_a_checkpoint_load_and_weights_alone_are_said_to_lack_their_frame(tmp_path):
+    whole = torch.load(find_weights("tiny"), weights_only=True)
+    torch.save(whole["state_dict"], tmp_path / "alone.pth")
+    (note,) = remarks(tmp_path / "alone.pth")
+    assert "weights alone" in note and "512x512 is assumed" in note and remarks("tiny") == []
+    whole["state_dict"] = {f"module.{key}": value for key, value in whole["state_dict"].items()}
+    torch.save(whole, tmp_path / "wrapped.pth")
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(load_model(tmp_path / "wrapped.pth")[0](x), load_model("tiny")[0](x))

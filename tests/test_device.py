@@ -105,13 +105,14 @@ def test_map_threads_shares_the_threads_out_and_gives_them_back(monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
-def test_git_commit_is_the_checkouts_or_none(monkeypatch, tmp_path):
+def test_git_commit_is_the_checkouts_or_none(monkeypatch):
     root = Path(device.__file__).resolve().parents[1]
     head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     assert (git_commit() or "").removesuffix("+changes") == (head.stdout.strip() if (root / ".git").exists() else "")
-    for answer in (subprocess.CompletedProcess("git", 0, stdout=f"{tmp_path}\n"), FileNotFoundError("git")):
-        monkeypatch.setattr(device.subprocess, "run", Mock(side_effect=[answer]))
-        assert git_commit() is None  # in somebody else's checkout; without git
+    for change in ((device, "__file__", f"{root}/tests/retina_seg/device.py"), (os, "environ", {"PATH": ""})):
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            assert git_commit() is None  # in somebody else's checkout; without git
 
 
 def test_environment_names_versions_device_and_precision():

@@ -76,15 +76,13 @@ def test_an_own_network_is_trained_saved_and_used(data: Path, tmp_path: Path) ->
         load_model(run.folder)
 
 
-def test_a_registered_network_and_loss_are_used_by_name(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("retina_seg.model.MODELS", MODELS), monkeypatch.setattr("retina_seg.loss.LOSSES", LOSSES)
+def test_a_registered_network_and_loss_are_used_by_name(data: Path, tmp_path: Path) -> None:
     register_model("my_net", MyNet)
     register_loss("my_loss", lambda logits, masks: dice_bce_loss(logits, masks) * 2)
     config = short(data, tmp_path / "run", model="my_net", model_arguments={"width": 6}, loss="my_loss")
     assert fit(config, progress=False).model.layers[0].out_channels == 6  # type: ignore[union-attr,index]
     assert isinstance(Segmenter.load(tmp_path / "run").model, MyNet)
+    del MODELS["my_net"], LOSSES["my_loss"]  # which other tests go through
 
 
 def test_a_torchvision_network(data: Path, tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ VESSEL = np.where(BLOCKS > 0, 255, 0).astype(np.uint8)
 SOFT = np.minimum(cv2.blur(VESSEL, (3, 1)), 254)  # 0, 85, 170, 254
 RED, LIT = (np.uint8(channel) * (BLOCKS > 0)[..., None] for channel in ((255, 0, 0), (60, 60, 60)))
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)[BLOCKS]
+THIN = np.where(cv2.erode(VESSEL, np.ones((3, 3))) < VESSEL, 100, VESSEL).astype(np.uint8)  # the rims are a class
+ONE_HOT = np.eye(3, dtype=np.uint8)[:, [2, 0, 1]][BLOCKS] * (BLOCKS > 0)[..., None]
 MASKS = {
     "0 and 1": (BLOCKS.clip(0, 1), VESSEL, "values 0, 1: all above 0 are vessel"),
     "0 and 127": (BLOCKS.clip(0, 1) * 127, VESSEL, "values 0, 127: all above 0 are vessel"),
@@ -88,6 +90,8 @@ MASKS = {
     "alpha under white": (np.dstack([RED * 0 + 255, VESSEL]), VESSEL, "in the alpha channel"),
     "grey of 60": (LIT, VESSEL, "values 0, 60: all above 0 are vessel"),
     "dark shades": (gradient()[..., 0] // 3, gradient()[..., 0] // 3, "its brightest value is 85, vessel is above 127"),
+    "a thin class of three": (THIN, VESSEL, "values 0, 100, 255: all above 0 are vessel"),
+    "one-hot": (ONE_HOT, VESSEL, "colours: the brightest channel counts; values 0, 1: all above 0 are vessel"),
     "black": (BLOCKS * 0, BLOCKS * 0, "all black, so its image counts as without vessels"),
 }
 
@@ -98,6 +102,19 @@ def test_a_mask_is_read_as_it_is_meant_and_what_was_done_is_said(tmp_path, store
     mask, remark = load_mask(tmp_path / "a.png")
     assert np.array_equal(mask, expected) and mask.dtype == np.uint8
     assert remark.removeprefix("16 bits, scaled from 8; ") == said
+
+
+def test_a_dim_mask_in_jpeg_keeps_its_vessels_and_one_below_the_noise_is_refused(tmp_path):
+    large = np.kron(VESSEL > 0, np.ones((5, 5), bool))
+    for white in (100, 127):
+        Image.fromarray(large * np.uint8(white)).save(tmp_path / "a.jpg", quality=75)
+        mask, remark = load_mask(tmp_path / "a.jpg")
+        assert np.mean((mask > 127) == large) > 0.99 and remark.startswith("values up to 1")
+    Image.fromarray(VESSEL // 255).save(tmp_path / "a.jpg")
+    with pytest.raises(
+        UserError, match="a.jpg: has no value above 1, where JPEG has noise of its own; save the mask as PNG"
+    ):
+        load_mask(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

@@ -280,7 +280,7 @@ def test_refuses_two_sizes_and_damaged_files_and_leaves_nothing(tmp_path):
     for path in (source / "training/1st_manual/22_manual1.gif", source / "training/mask/22_training_mask.gif"):
         content = path.read_bytes()
         save(path, np.zeros((20, 30), np.uint8))
-        refused(tmp_path, f"22_training.tif and .*{path.name}: differ in size .40x44 and 30x20", "drive", source)
+        refused(tmp_path, f"{path.name}: is 30x20 but its image 40x44 .*22_training.tif", "drive", source)
         path.write_bytes(content)
     (source / "training/images/22_training.tif").write_bytes(b"MM")
     for destination in ("set", "new/and/deep", "Data1"):

@@ -115,12 +115,12 @@ def test_the_threshold_is_the_given_one_else_the_protocols_else_the_checkpoints(
 
 
 def test_the_notebook_protocol_scores_the_resized_frame(tmp_path):
-    pair = set_of_one(tmp_path, fov=FOV, second=FOV)
+    pair = set_of_one(tmp_path, fov=FOV, second=255 - FOV)
     (sample,) = predict_pairs(segmenter((512, 512)), [pair], get_protocol("notebook"))
     image, mask = (cv2.resize(array, (512, 512)) for array in (read_image(pair.image), read_mask(pair.mask)))
     assert np.array_equal(sample.image, image) and np.array_equal(sample.mask, mask > 127)
     assert np.array_equal(sample.fov, cv2.resize(FOV, (512, 512)) > 127)
-    assert np.array_equal(sample.second_observer, sample.fov)
+    assert np.array_equal(sample.second_observer, cv2.resize(255 - FOV, (512, 512)) > 127)
     assert np.array_equal(sample.probability > 0.5, image[..., 0] < 127.5)
     result = score_pairs(segmenter((512, 512)), [pair], "notebook", progress=False)
     five = calculate_metrics(mask / 255, (image[..., 0] / 255 < 0.5).astype(float))
@@ -182,7 +182,7 @@ def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):
     assert written["fov"]["mean"]["f1"] == pytest.approx(np.mean(by_image))
     assert set(written["frame"]) == {"mean", "std", "pooled", "ci95"}
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert [row["name"] for row in rows] == ["0", "1"]
+    assert [row["name"] for row in rows] == ["0", "1"] and list(rows[0]) == list(value.rows[0])
     assert float(rows[1]["fov_auc"]) == pytest.approx(written["images"][1]["fov"]["auc"], abs=1e-6)
     five = written["frame"]["mean"]
     assert original_lines(value)[0].startswith(f"Jaccard: {five['jaccard']:.4f} - F1: {five['f1']:.4f} - Recall: ")
@@ -209,7 +209,7 @@ def test_scores_of_other_weights_or_options_are_never_replaced(styled, tiny_set,
     before = test(**call)
     with pytest.raises(UserError, match=r"metrics.json: holds other scores \(.*\); choose another --output"):
         test(**call | change)
-    assert read_json(tmp_path / "metrics.json")["model"]["weights_id"] == before["model"]["weights_id"]
+    assert read_json(tmp_path / "metrics.json")["model"]["weights"] == before["model"]["weights"]
 
 
 def test_a_style_of_labelling_is_noted_with_its_own_scores(styled, tiny_set, tmp_path):
@@ -224,12 +224,17 @@ def test_a_style_of_labelling_is_noted_with_its_own_scores(styled, tiny_set, tmp
 
 
 def test_undefined_scores_are_null_not_zero(tiny_run, tmp_path):
-    for part, pixels in (("image", np.full((32, 32, 3), 90, np.uint8)), ("mask", np.zeros((32, 32), np.uint8))):
+    for part in ("image", "mask"):
         (tmp_path / "set/test" / part).mkdir(parents=True)
-        write_image(tmp_path / "set/test" / part / "a.png", pixels)
+    mask = np.zeros((32, 32), np.uint8)
+    for name, first in (("a", 0), ("b", 255)):  # the first mask is empty
+        mask[:4] = first
+        write_image(tmp_path / f"set/test/mask/{name}.png", mask)
+        write_image(tmp_path / f"set/test/image/{name}.png", np.full((32, 32, 3), 90, np.uint8))
     value = test(tiny_run, tmp_path / "set", tmp_path / "out", "native", progress=False)
     written = read_json(tmp_path / "out/metrics.json")
-    assert [written["frame"]["mean"][name] is None for name in ("recall", "auc", "accuracy")] == [True, True, False]
+    for image, undefined in zip(written["images"], (True, False), strict=True):
+        assert [image["frame"][name] is None for name in ("recall", "auc", "accuracy")] == [undefined, undefined, False]
     assert table(value) == table(written) and "nan" not in table(value)
 
 

@@ -202,7 +202,9 @@ def test_the_threshold_is_chosen_on_held_out_images_and_stored(tiny_set, tmp_pat
 def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     shutil.copytree(tiny_set, tmp_path / "All")
     for path in (tmp_path / "All" / "train" / "mask").iterdir():
-        write_image(path, np.tile(np.uint8([0, 255]), (96, 48)))  # half of the image, as much as a mask may hold
+        mask = np.full_like(read_mask(path), 255)
+        mask[::2] = 0  # half of it: more would be refused
+        write_image(path, mask)
     data = [str(tmp_path / "All"), str(tiny_set)]
     how = {"styles": "datasets", "normalise": "fov", "threshold": "0.4", "style": "all", "epochs": 12, "patches": 8}
     config = tiny(tiny_set, tmp_path / "run", **how, ema=0.5, augmentation={"recolour": 0})

@@ -182,3 +182,10 @@ def test_what_is_no_such_table_is_named(tmp_path, content):
     for path in (tmp_path / "a.csv", tmp_path / "missing/a.csv"):
         with pytest.raises(UserError, match="a.csv: (is not a|cannot be read)"):
             read_csv(path, ("name", "f1"))
+
+
+@pytest.mark.parametrize("text", ["a,b\r\n1,2\r\n", "sep=;\na;b\n1;2\n", " A , B\n1,2\n", "a\tb\n1\t2\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_is_read_as_spreadsheets_save_it(tmp_path, text, encoding):
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    assert read_csv(tmp_path / "t.csv", ["a", "b"]) == [{"a": "1", "b": "2"}]

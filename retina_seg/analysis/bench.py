@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +26,10 @@ from tqdm.auto import tqdm
 from retina_seg.checkpoint import load_model
 from retina_seg.config import TrainConfig
 from retina_seg.data import Pair, list_pairs
-from retina_seg.device import environment, memory_kept, training_layout
-from retina_seg.inference.batch import predict_images
+from retina_seg.device import environment, has_bfloat16_units, memory_kept, training_layout
 from retina_seg.inference.segmenter import Segmenter, image_batch
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
-from retina_seg.model import AttentionUNet, build_model, count_macs, count_parameters
+from retina_seg.model import AttentionUNet, build_model
 from retina_seg.optim import make_optimizer
 from retina_seg.sets.synthetic import synthetic_image, write_set
 from retina_seg.test import score_pairs
@@ -43,8 +41,8 @@ from retina_seg.visualize import strip
 BASELINE, KEPT, SAME = "baseline", "baseline, memory kept", "same weights, optimised"
 Call = Callable[[], Any]
 Segmenters = dict[str, Segmenter]  # on one device, by the names in the rows
-Rows = list[dict[str, Any]]
-_BASELINE: list[Call] = []  # in the baseline's process only
+# its name, the images of a call, the calls by the names in the rows, and what makes the baseline's
+Task = tuple[str, int, dict[str, Call], Callable[[], Call]]
 
 
 def bench(
@@ -59,15 +57,15 @@ def bench(
     precision: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a forward pass, a training step, a whole test and the segmentation of a folder; write `output`/bench.json.
+    """Measure a forward pass, a training step and a whole test; write `output`/bench.json.
 
     Args:
-        rounds: how often each is measured; test and folder three times at most.
-        images, size: how many images test and folder have, and the side of synthetic ones, pixels.
+        rounds: how often each is measured; the test three times at most.
+        images, size: how many images the test has, and the side of synthetic ones, pixels.
         original, fast, data: weights as `load_model` takes them, a dataset; None: random weights, synthetic images.
         device: "auto" measures the processor, and the first GPU too where there is one. precision: not the baseline's.
 
-    Returns what the file holds, "rows" as `measure` gives them, "gmacs" at `size` x `size`.
+    Returns what the file holds, "rows" as `measure` gives them.
     Raises `UserError`: a number that cannot be, no such checkpoint, dataset or device.
     """
     if min(rounds, images) < 1 or size < 64 or size % 8:
@@ -79,61 +77,54 @@ def bench(
     how, load = [{"device": where, "precision": precision} for where in devices], Segmenter.load
     machines = [{SAME: Segmenter(network, **h), "fast": load(fast, **h), "tiny": load("tiny", **h)} for h in how]
     pairs = [] if data is None else list_pairs(data, "test")
-    rows: Rows = []
+    rows: list[dict[str, Any]] = []
     with output_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         pairs = pairs or list_pairs(write_set(Path(scratch, "set"), 1, images, (size, size), progress=False), "test")
         for segmenters in machines:
-            rows += forward(segmenters, size, rounds, progress) + step(segmenters, size, rounds, progress)
-            rows += files(segmenters, (pairs * images)[:images], Path(scratch), min(rounds, 3), progress)
-    first, counts = machines[0][SAME], {}
-    for name, one in machines[0].items():
-        counts[name] = {"parameters": count_parameters(one.model), "gmacs": count_macs(one.model, size, size) / 1e9}
-    machine = {**environment(first.device, first.precision), "processor": processor()}
-    value = {"rows": rows, "networks": counts, "size": size, "environment": machine}
+            with memory_kept():
+                for task in (forward(segmenters, size), step(segmenters, size)):
+                    rows += measure(task, segmenters[SAME], rounds, progress)
+            task = whole_test(segmenters, (pairs * images)[:images], Path(scratch))
+            rows += measure(task, segmenters[SAME], min(rounds, 3), progress)
+    first, units = machines[0][SAME], ", bfloat16" if has_bfloat16_units(torch.device("cpu")) else ""
+    processor = {"processor": torch.backends.cpu.get_cpu_capability() + units}
+    value = {"rows": rows, "size": size, "environment": environment(first.device, first.precision) | processor}
     write_json(folder / "bench.json", value)
     return value
 
 
-def measure(
-    task: str, of: Segmenter, calls: dict[str, Call], units: int, rounds: int, progress: bool, baseline: Any = None
-) -> Rows:
-    """A row a call: median and quartiles over the rounds, the first left out, of its seconds a unit (image).
+def measure(task: Task, of: Segmenter, rounds: int, progress: bool) -> list[dict[str, Any]]:
+    """A row a call: median and quartiles over the rounds, the first left out, of its seconds an image.
 
-    "ratio" is the median of the baseline, made by `baseline` in a process of its own, by the row's own; None without it.
+    "ratio" is the baseline's median by the row's own; the baseline runs in a process of its own. `of` names device and
+    precision.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, _set_up, (baseline,)) as process:  # starts when it is first asked
-        timers = {BASELINE: lambda: process.submit(timed).result()} if baseline else {}
-        timers |= {name: partial(timed, call) for name, call in calls.items()}
+    title, images, calls, baseline = task
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        timers: dict[str, Callable[[], float]] = {BASELINE: lambda: process.submit(timed, baseline).result()}
+        timers |= {name: partial(timed, lambda call=call: call) for name, call in calls.items()}
         seconds: dict[str, list[float]] = {name: [] for name in timers}
-        turns = [(number, name) for number in range(rounds + 1) for name in timers]
-        for number, name in tqdm(turns, f"{task}, {of.device}", disable=not progress):
-            took = timers[name]()
-            if number:
-                seconds[name].append(took / units)
+        for name in tqdm(list(timers) * (rounds + 1), f"{title}, {of.device}", disable=not progress):
+            seconds[name].append(timers[name]() / images)
     rows, precision = [], str(of.precision).removeprefix("torch.")
-    labels = {"rounds": rounds, "device": str(of.device), "precision": precision}
     for name, values in seconds.items():
-        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-        ratio = float(np.median(seconds[BASELINE])) / median if baseline else None
-        rows.append({"task": task, "name": name, "median": median, "quartiles": [low, high], "ratio": ratio, **labels})
+        low, median, high = np.quantile(values[1:], (0.25, 0.5, 0.75)).tolist()
+        ratio = float(np.median(seconds[BASELINE][1:])) / median
+        times = {"median": median, "quartiles": [low, high], "ratio": ratio, "rounds": rounds}
+        rows.append({"task": title, "name": name, **times, "device": str(of.device), "precision": precision})
     return rows
 
 
-def _set_up(baseline: Callable[[], Call]) -> None:
-    _BASELINE.append(baseline())
-
-
-def timed(call: Call | None = None) -> float:
-    """Seconds of `call` the second time: the first one finds another's data in the caches."""
-    call = call or _BASELINE[0]
+def timed(make: Callable[[], Call]) -> float:
+    """Seconds of the call that `make` gives, the second time: the first one finds another's data in the caches."""
+    call = make()
     call()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def forward(segmenters: Segmenters, size: int, rounds: int, progress: bool) -> Rows:
+def forward(segmenters: Segmenters, size: int) -> Task:
     """A forward pass on an image (size, size), its probability map brought to the processor's memory."""
     same = segmenters[SAME]
     batch = image_batch(synthetic_image(0, size, size).image, same.device).to(same.precision)
@@ -144,8 +135,7 @@ def forward(segmenters: Segmenters, size: int, rounds: int, progress: bool) -> R
 
     calls = {name: partial(once, segmenter.network) for name, segmenter in segmenters.items()}
     baseline = partial(baseline_forward, same.model, size, same.device)
-    with memory_kept():
-        return measure("forward", same, {KEPT: baseline(), **calls}, 1, rounds, progress, baseline)
+    return "forward", 1, {KEPT: baseline(), **calls}, baseline
 
 
 def baseline_forward(network: nn.Module, size: int, device: torch.device) -> Call:
@@ -160,7 +150,7 @@ def baseline_forward(network: nn.Module, size: int, device: torch.device) -> Cal
     return once
 
 
-def step(segmenters: Segmenters, size: int, rounds: int, progress: bool) -> Rows:
+def step(segmenters: Segmenters, size: int) -> Task:
     """A training step on two images (size, size) that are in memory: forward, loss, backward, optimizer."""
     items, same, calls = [synthetic_image(seed, size, size) for seed in (0, 1)], segmenters[SAME], {}
     images = torch.stack([to_tensor(item.image) for item in items])
@@ -176,8 +166,7 @@ def step(segmenters: Segmenters, size: int, rounds: int, progress: bool) -> Rows
         model = model.to(same.device, memory_format=training_layout(same.device, same.precision))
         calls[name] = partial(once, model, make_optimizer(model, config), config.clip)
     baseline = partial(baseline_step, same.model, images, masks, same.device)
-    with memory_kept():
-        return measure("training step, an image", same, {KEPT: baseline(), **calls}, 2, rounds, progress, baseline)
+    return "training step, an image", 2, {KEPT: baseline(), **calls}, baseline
 
 
 def baseline_step(network: nn.Module, images: torch.Tensor, masks: torch.Tensor, device: torch.device) -> Call:
@@ -197,15 +186,14 @@ def baseline_step(network: nn.Module, images: torch.Tensor, masks: torch.Tensor,
     return once
 
 
-def files(segmenters: Segmenters, pairs: list[Pair], scratch: Path, rounds: int, progress: bool) -> Rows:
-    """A whole test, files to scores and images (more of both where optimised), and a folder's segmentation."""
-    paths, same, tests, folders = list(dict.fromkeys(pair.image for pair in pairs)), segmenters[SAME], {}, {}
-    for name, segmenter in segmenters.items():
-        tests[name] = partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
-        folders[name] = partial(predict_images, segmenter, paths, scratch / f"{name} folder", True, progress=False)
-    baseline = partial(baseline_test, same.model, pairs, scratch, same.device)
-    rows = measure("whole test, an image", same, tests, len(pairs), rounds, progress, baseline)
-    return rows + measure("predict a folder, an image", same, folders, len(paths), rounds, progress)
+def whole_test(segmenters: Segmenters, pairs: list[Pair], scratch: Path) -> Task:
+    """A whole test, files to scores and images (more of both where optimised)."""
+    calls = {
+        name: partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
+        for name, segmenter in segmenters.items()
+    }
+    same = segmenters[SAME]
+    return "whole test, an image", len(pairs), calls, partial(baseline_test, same.model, pairs, scratch, same.device)
 
 
 def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: torch.device) -> Call:
@@ -216,33 +204,17 @@ def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: t
     four = [partial(score, zero_division=0) for score in (jaccard_score, f1_score, recall_score, precision_score)]
     network = copy.deepcopy(network).to(device).eval()
 
-    def once() -> list[list[float]]:
-        scores = []
-        for pair in pairs:
-            image = cv2.imread(str(pair.image), cv2.IMREAD_COLOR)
-            mask = cv2.imread(str(pair.mask), cv2.IMREAD_GRAYSCALE)
-            if mask.shape != (512, 512):
-                image, mask = (cv2.resize(array, (512, 512)) for array in (image, mask))
-            x = torch.from_numpy(np.transpose(image, (2, 0, 1))[None].astype(np.float32) / 255).to(device)
-            y = torch.from_numpy(mask[None, None].astype(np.float32) / 255)
-            with torch.no_grad():
-                probability = torch.sigmoid(network(x)).cpu()
-            true, predicted = ((tensor.numpy() > 0.5).astype(np.uint8).reshape(-1) for tensor in (y, probability))
-            scores.append([float(score(true, predicted)) for score in (*four, accuracy_score)])
-            vessels = (probability[0, 0].numpy() > 0.5).astype(np.uint8) * 255
-            cv2.imwrite(str(folder / f"{pair.name}.png"), strip(image, mask, vessels))
-        return scores
+    def scores_of(pair: Pair) -> list[float]:
+        image = cv2.resize(cv2.imread(str(pair.image), cv2.IMREAD_COLOR), (512, 512))
+        mask = cv2.resize(cv2.imread(str(pair.mask), cv2.IMREAD_GRAYSCALE), (512, 512))
+        x = torch.from_numpy(np.transpose(image, (2, 0, 1))[None].astype(np.float32) / 255).to(device)
+        with torch.no_grad():
+            probability = torch.sigmoid(network(x)).cpu().numpy()
+        vessels, truth = (probability[0, 0] > 0.5).astype(np.uint8), (mask / 255 > 0.5).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{pair.name}.png"), strip(image, mask, vessels * 255))
+        return [float(score(truth.ravel(), vessels.ravel())) for score in (*four, accuracy_score)]
 
-    return once
-
-
-def processor() -> str:
-    """The processor's name, and which wide or half-precision arithmetic it has."""
-    known = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bfloat16", "amx_bf16": "AMX bfloat16"}
-    text = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
-    name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
-    has = [title for flag, title in known.items() if flag in text.split()]
-    return ", ".join([name or platform.processor() or platform.machine(), *has])
+    return lambda: [scores_of(pair) for pair in pairs]
 
 
 def table(value: dict[str, Any]) -> list[str]:
@@ -251,9 +223,6 @@ def table(value: dict[str, Any]) -> list[str]:
     for row in value["rows"]:
         title = f"{row['task']} ({row['device']}, optimised in {row['precision']}, {row['rounds']} rounds)"
         low, middle, high = (f"{1000 * t:.1f}" for t in (row["quartiles"][0], row["median"], row["quartiles"][1]))
-        ratio = f"{row['ratio']:>9.1f}x" if row["ratio"] else ""
-        lines += [title] * (title not in lines) + [f"  {row['name']:<24}{middle:>10} ms  ({low} to {high}){ratio}"]
-    for name, of in value["networks"].items():
-        counts = f"{of['parameters']:,} parameters, {of['gmacs']:.1f} GMACs"
-        lines.append(f"{name}: {counts} at {value['size']}x{value['size']}")
+        lines += [title] * (title not in lines)
+        lines.append(f"  {row['name']:<24}{middle:>10} ms  ({low} to {high}){row['ratio']:>9.1f}x")
     return [*lines, f"{value['environment']['processor']}; {value['environment']['threads']} threads"]

@@ -23,24 +23,13 @@ from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
 from retina_seg.runs import check_untrained, held_out_pairs, remarks
 from retina_seg.sets.layout import check_masks
+from retina_seg.sets.synthetic import jpeg
 from retina_seg.utils import format_number, output_folder, write_csv
 
 COLUMNS = ("degradation", "images", "f1", "difference", "auc", "worst_f1", "worst_image")
 MEAN, WORST = "#0072b2", "#d55e00"  # blue, vermilion: told apart with every kind of colour blindness
-# of an image (H, W, 3) uint8 RGB and its field of view (H, W) bool; gives uint8 RGB, maybe of another size
 Degradation = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def _to_uint8(change: Degradation) -> Degradation:
-    """`change`, with its result rounded and clipped to 0 to 255."""
-    return lambda image, fov: np.clip(np.rint(change(image, fov)), 0, 255).astype(np.uint8)
-
-
-def _jpeg(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
-    _, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 20])
-    return cv2.cvtColor(cv2.imdecode(content, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-
-
+# of an image (H, W, 3) uint8 RGB and its field of view (H, W) bool; gives 0 to 255, maybe of another size
 _CHANGES: dict[str, Degradation] = {
     "untouched": lambda image, fov: image,
     "dimmed to 25 %": lambda image, fov: image * 0.25,
@@ -57,11 +46,18 @@ _CHANGES: dict[str, Degradation] = {
     "red and blue swapped": lambda image, fov: image[:, :, ::-1],
     "inverted": lambda image, fov: (255 - image) * fov[:, :, None],  # vessels bright, as in angiography
     "blurred": lambda image, fov: cv2.GaussianBlur(image, (0, 0), 2 * fov_diameter(fov) / 540),
-    "JPEG quality 20": _jpeg,
+    "JPEG quality 20": lambda image, fov: jpeg(image, 20),
     "noise of 15 levels": lambda image, fov: image + np.random.default_rng(0).normal(0, 15, image.shape),
     "half size": lambda image, fov: cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA),
     "double size": lambda image, fov: cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC),
 }
+
+
+def _to_uint8(change: Degradation) -> Degradation:
+    """`change`, with its result rounded and clipped to 0 to 255."""
+    return lambda image, fov: np.clip(np.rint(change(image, fov)), 0, 255).astype(np.uint8)
+
+
 DEGRADATIONS = {name: _to_uint8(change) for name, change in _CHANGES.items()}
 
 

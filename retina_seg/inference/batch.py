@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -46,69 +46,98 @@ NAMED = ("image", "path", "input")  # columns of paths
 DONE, INTERRUPTED = "ok", "interrupted"
 LARGE = 40_000_000  # pixels; images with more are done one at a time, for memory
 Rows = dict[str, dict[str, Any]]  # of a summary, by input
+Inputs = str | Path | Sequence[str | Path]
 Images = dict[str, tuple[Path, Path]]  # real path -> (path, place below the output with its ending)
 
 
+class Plan(NamedTuple):
+    """What is to be done with some inputs (`plan_images`)."""
+
+    output: Path
+    saves: list[str]  # names of `SAVES`
+    images: Images
+    begun: Rows  # of the images to segment, `INTERRUPTED`
+    passed: str  # what is passed over in folders, in words
+
+
 def predict_images(
-    segmenter: Segmenter | None,
-    inputs: str | Path | Sequence[str | Path],
+    segmenter: Segmenter,
+    inputs: Inputs,
     output: str | Path,
     overwrite: bool = False,
     made_with: str | None = None,
     save: str = SAVED,
-    jobs: int | None = None,
-    passed: list[str] | None = None,
-    progress: bool = True,
-    world: World = World(),  # noqa: B008
+    **how: Any,
 ) -> list[dict[str, Any]]:
-    """Segment every image among `inputs`: files, folders with all below them, lists of paths (`_read_list`).
+    """Segment every image among `inputs`: `plan_images`, then `segment_images`, whose arguments and errors these are.
+
+    `made_with`: by default a checksum of the weights, and the options.
+    """
+    if made_with is None:
+        weights = b"".join(value.cpu().float().numpy().tobytes() for value in segmenter.model.state_dict().values())
+        options = f"{segmenter.frame} threshold={segmenter.threshold} tta={segmenter.tta}"
+        made_with = f"{hashlib.sha256(weights).hexdigest()[:12]} {options}"
+    return segment_images(segmenter, plan_images(inputs, output, made_with, overwrite, save), **how)
+
+
+def plan_images(inputs: Inputs, output: str | Path, made_with: str, overwrite: bool = False, save: str = SAVED) -> Plan:
+    """Choose what to do with `inputs`: files, folders with all below them, lists of paths (`_read_list`). Writes nothing.
 
     A file becomes `output/<stem>_*`; what is in one folder `output/<place in it>_*`; in one of several inputs
     `output/<folder>/<place in it>_*`. Two that would share a name keep their ending in it (`b.png_vessels.png`).
 
     Args:
-        segmenter: None: write nothing; the status of what would be segmented is `INTERRUPTED`.
+        made_with: a text that stands for weights and options in the summary.
         overwrite: segment again what is done; else only what is new, changed, failed, or lacks a file.
-        made_with: a text that stands for weights and options in the summary; by default their checksum.
         save: names of `SAVES` with commas between.
-        jobs: how many images at once; None: `device.images_at_once`.
-        passed: takes up in words what was passed over in folders.
-        world: the processes that share the images; each calls this.
-
-    Returns, on rank 0, the images' rows as in summary.csv, with "skipped": whether it had been done before. "status" is
-    `DONE`, or why the image could not be segmented.
 
     Raises `UserError`: no image, two of one name, a file that is not ours in the way, an output of other weights or options,
-    an option out of its range, a folder not to be written to, a full disk.
+    no such name of `SAVES`.
     """
     output, inputs = user_path(output), [inputs] if isinstance(inputs, (str, Path)) else inputs
     saves = [name.strip() for name in save.split(",")]
     if unknown := [name for name in saves if name not in SAVES]:
         raise UserError(f"--save {unknown[0]!r}: choose from {','.join(SAVES)}")
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs {jobs}: must be at least 1")
-    if made_with is None and segmenter:
-        weights = b"".join(value.cpu().float().numpy().tobytes() for value in segmenter.model.state_dict().values())
-        options = f"{segmenter.frame} threshold={segmenter.threshold} tta={segmenter.tta}"
-        made_with = f"{hashlib.sha256(weights).hexdigest()[:12]} {options}"
     summary = _read_rows(output)
-    images = find_images(inputs, output, summary, [] if passed is None else passed)
+    images, passed = find_images(inputs, output, summary)
     begun = {}
     for key, name in _choose_names(images, output, summary).items():
-        row = new = {"input": key, "name": name, "made_with": made_with}
+        row, old = {"input": key, "name": name, "made_with": made_with}, summary.get(key, {})
         with contextlib.suppress(OSError):  # a link to nothing fails later, by name
-            stat, old = images[key][0].stat(), summary.get(key, new)
-            if old | new | {"size": str(stat.st_size), "mtime_ns": str(stat.st_mtime_ns)} == old:
-                row = old
+            stat = images[key][0].stat()
+            new = row | {"size": str(stat.st_size), "mtime_ns": str(stat.st_mtime_ns)}
+            row = old if new.items() <= old.items() else row
         if overwrite or row.get("status") != DONE or not all(map(os.path.isfile, _files(output, name, saves))):
             begun[key] = row | {"status": INTERRUPTED}
     made = {row["made_with"] for row in summary.values() if row["status"] in (DONE, INTERRUPTED)} - {made_with}
     if made and not overwrite:
         remedy = "add --overwrite or choose another --output"
         raise UserError(f"{output}: made with {made.pop()}, not {made_with}; {remedy}")
-    if segmenter is None:
-        return [{**(begun.get(key) or summary[key]), "skipped": key not in begun} for key in images]
-    world.barrier()  # all processes have decided, the same, before any of them writes
+    return Plan(output, saves, images, begun, passed)
+
+
+def segment_images(
+    segmenter: Segmenter,
+    plan: Plan,
+    jobs: int | None = None,
+    progress: bool = True,
+    world: World = World(),  # noqa: B008
+) -> list[dict[str, Any]]:
+    """Do what is planned, image by image.
+
+    Args:
+        jobs: how many images at once; None: `device.images_at_once`.
+        world: the processes that share the images; each calls this, with the same plan.
+
+    Returns, on rank 0, the images' rows as in summary.csv, with "skipped": whether it had been done before. "status" is
+    `DONE`, or why the image could not be segmented.
+
+    Raises `UserError`: `jobs` is below 1, a folder not to be written to, a full disk.
+    """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
+    output, saves, images, begun, _ = plan
+    world.barrier()  # all processes have planned, the same, before any of them writes
     if world.is_main:
         utils.create_dir(output)
         _merge(output)
@@ -140,35 +169,35 @@ def predict_images(
     return [{**summary[key], "skipped": key not in begun} for key in images if summary]
 
 
-def find_images(inputs: Sequence[str | Path], output: Path, summary: Rows, passed: list[str]) -> Images:
-    """The images among `inputs`, each once. What else is in folders is added to `passed`, in words.
+def find_images(inputs: Sequence[str | Path], output: Path, summary: Rows) -> tuple[Images, str]:
+    """The images among `inputs`, each once; and in words what else is in folders.
 
     Left out are hidden files, links to folders, an `output` below an input, summaries, and the files of images in
     `summary`. Raises `UserError`: an input that is not there, a folder that cannot be listed, no image at all.
     """
-    root, errors, found, others = os.path.realpath(output), list[OSError](), Images(), Images()
+    root, errors, images, others = os.path.realpath(output), list[OSError](), Images(), dict[str, str]()
+    ours = {str(file) for row in summary.values() for file in _files(Path(root), row["name"])}
     for item, place in _expand(inputs):
         if not item.is_dir():
-            found.setdefault(os.path.realpath(item), (item, place))
+            images.setdefault(os.path.realpath(item), (item, place))
             continue
         for folder, below, names in os.walk(item, onerror=errors.append):
             here = Path(folder)
             below[:] = [n for n in natural_sort(below) if n[0] != "." and os.path.realpath(here / n) != root]
             for path in (here / n for n in natural_sort(names) if n[0] != "." and n not in SUMMARIES):
                 # only a file is opened, not a pipe, say, which would be waited for
-                wanted = is_image(path) if path.is_file() else path.suffix.lower() in IMAGE_SUFFIXES
-                kept = found if wanted else others
-                kept.setdefault(os.path.realpath(path), (path, place / path.relative_to(item)))
+                if is_image(path) if path.is_file() else path.suffix.lower() in IMAGE_SUFFIXES:
+                    images.setdefault(os.path.realpath(path), (path, place / path.relative_to(item)))
+                else:
+                    others[os.path.realpath(path)] = path.suffix.lower() or "without ending"
     if errors:
         raise UserError(f"{errors[0].filename}: cannot be listed ({errors[0].strerror}); check its permissions")
-    ours = {str(file) for row in summary.values() for file in _files(Path(root), row["name"])}
-    images = {key: one for key, one in found.items() if key not in ours}
-    kinds = sorted(others[key][0].suffix.lower() or "without ending" for key in others.keys() - found.keys())
-    counts = Counter(kinds).most_common()
-    passed += [f"; passed over: {', '.join(f'{count} {kind}' for kind, count in counts)}"] if counts else []
+    images = {key: one for key, one in images.items() if key not in ours}
+    counts = Counter(sorted(others.values())).most_common()
+    passed = "; passed over: " * bool(counts) + ", ".join(f"{count} {kind}" for kind, count in counts)
     if not images:
-        raise UserError(f"no images found in {', '.join(map(str, inputs))}{''.join(passed)}; give png, jpg or tif")
-    return images
+        raise UserError(f"no images found in {', '.join(map(str, inputs))}{passed}; give png, jpg or tif")
+    return images, passed
 
 
 def _expand(inputs: Sequence[str | Path]) -> list[tuple[Path, Path]]:
@@ -195,11 +224,10 @@ def _read_list(path: Path) -> list[Path]:
     A text has a path a line, and `#` begins a comment line. A table has them in its column image, path or input, else in
     the first. Raises `UserError`: one is not there.
     """
-    kind, data, is_text = utils.file_kind(path), path.read_bytes(), path.suffix.lower() in TEXTS
+    kind, is_text = utils.file_kind(path), path.suffix.lower() in TEXTS
     if kind not in (None, "a text file"):
         raise UserError(f"{path}: is {kind}")
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as shells of Windows write
-    text = data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape").replace("\0", "?")
+    text = utils.read_text(path).replace("\0", "?")
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip(" ,;\t")]
     rows, column = [(number, [line]) for number, line in lines if not is_text or line.lstrip()[0] != "#"], 0
     if rows and not is_text:

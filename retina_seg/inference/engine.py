@@ -17,23 +17,18 @@ from retina_seg.model import AttentionGate, AttentionUNet, FastAttentionUNet, Fi
 
 
 def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
-    """A copy of `model` for inference, in evaluation mode: channels last, all weights in `precision`.
+    """A copy of `model` for inference, in evaluation mode: channels last, weights, input and output in `precision`.
 
     In the networks of this package batch normalisation is folded into convolutions. On a processor their convolutions
     are fused (`fuse_convolutions`) where torch can do so with the same result.
-
-    Args:
-        model: (N, 3, H, W) -> (N, 1, H, W); the copy takes and gives the same in `precision`.
     """
     network = copy.deepcopy(model).eval()
     own = isinstance(network, (AttentionUNet, FastAttentionUNet))
-    network = fold_batch_norm(network) if own else network
-    network = network.to(device, precision, memory_format=torch.channels_last)
+    network = (fold_batch_norm(network) if own else network).to(device, precision, memory_format=torch.channels_last)
     if device.type != "cpu" or not own:
         return network
     fused = fuse_convolutions(copy.deepcopy(network))
-    any_fused = any(isinstance(module, FusedConv) for module in fused.modules())
-    return fused if any_fused and _same_on_noise(fused, network, model.stride, precision) else network
+    return fused if _same_on_noise(fused, network, model.stride, precision) else network
 
 
 @torch.inference_mode()
@@ -50,9 +45,7 @@ def _same_on_noise(fused: nn.Module, network: nn.Module, stride: int, precision:
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of `model` with every batch normalisation folded into the convolution before it.
-
-    In evaluation mode it is a fixed scale and shift for each channel: the function stays the same, up to rounding.
+    """A copy of `model` with every batch normalisation folded into the convolution before it: the same up to rounding.
 
     Raises `ValueError`: `model` is in training mode.
     """
@@ -72,8 +65,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 class FusedConv(nn.Module):
     """A convolution and what follows it in one call of oneDNN: x (N, in, H, W) -> a(conv(x)), (N, out, H, W).
 
-    With a second tensor b (N, out, H, W): `plus` gives a(conv(x) + b), `times` gives a(conv(x) b). The operation is the
-    one that `torch.compile` uses on processors. Its ReLU makes 0 of NaN.
+    With a second tensor b (N, out, H, W): `plus` gives a(conv(x) + b), written into b; `times` gives a(conv(x) b). The
+    operation is the one that `torch.compile` uses on processors. Its ReLU makes 0 of NaN.
 
     Args:
         convolution: its settings, weights and bias, in their precision.
@@ -89,21 +82,19 @@ class FusedConv(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.settings = (list(c.padding), list(c.stride), list(c.dilation), c.groups)
         self.activation = activation
-        self.binary_activation = (None if activation == "none" else activation, [], None)
+        self.after = (1.0, None if activation == "none" else activation, [], None)  # of a second tensor
 
     def forward(self, x: Tensor) -> Tensor:
         operation = torch.ops.mkldnn._convolution_pointwise
         return operation(x, self.weight, self.bias, *self.settings, self.activation, [], "")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """a(conv(x) + other), written into `other`."""
         operation = torch.ops.mkldnn._convolution_pointwise_.binary
-        return operation(other, x, self.weight, self.bias, *self.settings, "add", 1.0, *self.binary_activation)
+        return operation(other, x, self.weight, self.bias, *self.settings, "add", *self.after)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """a(conv(x) other)."""
         operation = torch.ops.mkldnn._convolution_pointwise.binary
-        return operation(x, other, self.weight, self.bias, *self.settings, "mul", 1.0, *self.binary_activation)
+        return operation(x, other, self.weight, self.bias, *self.settings, "mul", *self.after)
 
 
 class FusedResidualBlock(nn.Module):

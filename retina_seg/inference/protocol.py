@@ -67,8 +67,7 @@ def predict_pairs(
 ) -> Iterator[Any]:
     """`then` of the `Sample` of every pair, in order, worked out several at a time in threads.
 
-    `degrade` changes an image (H, W, 3) uint8 RGB, given it and its field of view (H, W) bool; maybe its size too. The
-    segmenter then finds the field of view in the result. The probability is resized to the mask.
+    `degrade`: changes an image (H, W, 3) uint8 RGB, given its field of view (H, W) bool too; maybe to another size.
 
     Raises `UserError`: a file that cannot be read, sizes that differ; as `Segmenter`.
     """

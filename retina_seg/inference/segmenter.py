@@ -101,9 +101,7 @@ class Segmenter:
         """The segmenter of a checkpoint file (also the original's plain state dict), a run's folder, or pretrained weights.
 
         Args:
-            threshold: overrides the checkpoint's.
-            style: of labelling, a name in the checkpoint's "styles", or "auto": by the image's size (`styles.auto_style`);
-                None: the checkpoint's.
+            threshold, style: override the checkpoint's; "auto": by the image's size (`styles.auto_style`).
             options: the class's other arguments.
 
         Raises `UserError`: no such checkpoint, or one that does not load (`checkpoint.load_model`).
@@ -126,7 +124,7 @@ class Segmenter:
     @overload
     def __call__(self, image: Any, fov: np.ndarray | None = None, everywhere: bool = False) -> np.ndarray: ...
     def __call__(self, image: Any, fov: np.ndarray | None = None, everywhere: bool = False) -> Any:
-        """The probability of vessel at every pixel.
+        """The probability of vessel at every pixel, (H, W) float32 in [0, 1].
 
         Args:
             image: (H, W, 3) uint8 RGB, or what else `images.as_image` takes: a path, a PIL image, grey, deep or float
@@ -134,9 +132,6 @@ class Segmenter:
             fov: (H, W) bool, the field of view; found in the image where not given. Of several discs on a sheet each is
                 segmented on its own.
             everywhere: keep the prediction outside the field of view, as the original's protocol does, where it is else 0.
-
-        Returns:
-            (H, W) float32 in [0, 1].
 
         Raises `ValueError`: `image` or `fov` has another shape or dtype. Raises `UserError`: an image that cannot be read;
         the network's output is NaN.
@@ -155,9 +150,7 @@ class Segmenter:
             return [self.vessels(one, fov) for one in image]
         return self(image, fov) > self.threshold
 
-    def _on_image(
-        self, image: Any, fov: np.ndarray | None, everywhere: bool, outside: float | None = None
-    ) -> np.ndarray:
+    def _on_image(self, image: Any, fov: Any, everywhere: bool, outside: float | None = None) -> np.ndarray:
         """The probability (H, W) float32 on the image, 0 outside the field of view; with `outside` the logits, and this."""
         image = as_image(image)
         shape = image.shape[:2]

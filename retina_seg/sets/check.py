@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from retina_seg.images import is_image, load_image, load_mask
-from retina_seg.sets.files import ALL, KINDS, PARTS, Data, collect_files, find_set, list_parts
-from retina_seg.sets.layout import photo_ids, read_index
+from retina_seg.images import is_image, load_image, load_mask, visible
+from retina_seg.sets.files import ALL, KINDS, PARTS, Data, PartFiles, collect_files, find_set, list_parts
+from retina_seg.sets.layout import size_differs
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
@@ -71,51 +71,50 @@ def check_set(data: Data, progress: bool = True) -> SetReport:
     """Read every file of the dataset at `data` (as `find_set`). Raises `UserError`: there is no such dataset."""
     report = SetReport(find_set(data))
     prints: list[tuple[str, Path, str, np.ndarray]] = []  # of each readable image: part, file, photo, fingerprint
-    names: set[tuple[str, str]] = set()
     parts = list_parts(report.root)
     report.warnings += [f"{report.root}: the dataset has no {p} part" for p in PARTS if not {p, ALL} & set(parts)]
     for part in parts:
-        files = _check_names(report, part)
-        names |= {(part, name) for name in files["image"]}
-        prints += _check_files(report, part, files, progress)
-    _check_index(report, names)
+        found = collect_files(report.root, part)
+        report.problems += found.problems
+        _check_names(report, part, found)
+        prints += _check_files(report, part, found, progress)
     if prints:
         _check_copies(report, prints)
     report.problems = list(dict.fromkeys(report.problems))  # both parts may stumble over one photos.csv
     return report
 
 
-def _check_names(report: SetReport, part: str) -> dict[str, dict[str, Path]]:
-    """Report what the file names of one part tell; returns the files by kind and name."""
-    found = collect_files(report.root, part)
-    report.problems += found.problems
+def _check_names(report: SetReport, part: str, found: PartFiles) -> None:
+    """Report files that count for nothing: of other kinds, without an image, or without a row of `photos.csv`."""
     images = found.files["image"]
-    for kind, files in found.files.items():
-        folder = found.folders.get(kind)
-        here = sorted(folder.glob("[!.]*")) if folder else []
-        others = [path.name for path in here if not is_image(path)]
-        alone = [path.name for name, path in files.items() if name not in images]
-        without = [path.name for name, path in images.items() if files and name not in files]
+    for kind, folder in found.folders.items():
+        files = found.files[kind]
+        others = [path.name for path in visible(folder) if not is_image(path)]
         lines = [(others, "files are no images and are ignored")]
         if kind in ("fov", "mask_2nd"):  # of masks these are problems
+            alone = [path.name for name, path in files.items() if name not in images]
+            without = [path.name for name, path in images.items() if files and name not in files]
             lines += [(alone, "files have no image"), (without, "images have no file here")]
         report.warnings += [f"{folder}: {len(which)} {what} ({_some(which)})" for which, what in lines if which]
-    return found.files
+    if not (isinstance(report.root, Path) and found.photos) or part == ALL or report.root.is_file():
+        return
+    unnamed = (images.keys() - found.photos, "are not named, so each counts as a photo of its own")
+    for names, what in (unnamed, (found.photos.keys() - images, "are named but not there")):
+        if names:
+            which = _some([f"{part}/{name}" for name in natural_sort(names)])
+            report.warnings.append(f"{report.root / 'photos.csv'}: {len(names)} files {what} ({which})")
 
 
-def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]], progress: bool) -> list[tuple]:
+def _check_files(report: SetReport, part: str, found: PartFiles, progress: bool) -> list[tuple]:
     """Open every file of one part; returns its images' part, file, photo, fingerprint, for the search for copies."""
-    try:
-        photos = {name: photo for name, (photo, _) in photo_ids(report.root, part, files["image"]).items()}
-    except UserError as error:
-        report.problems.append(str(error))
-        photos = {name: name for name in files["image"]}
+    files = found.files
+    photos = {name: found.photos.get(name, (name,))[0] for name in files["image"]}
     figures = PartReport({kind: len(here) for kind, here in files.items()}, len(set(photos.values())))
     report.parts[part] = figures
     odd: dict[str, list[str]] = defaultdict(list)  # what many masks have in common becomes one line
     prints = []
     for name in tqdm(natural_sort({name for here in files.values() for name in here}), part, disable=not progress):
-        size = None
+        image = None
         for kind, path in ((kind, here[name]) for kind, here in files.items() if name in here):
             try:
                 pixels, remark = (load_image if kind == "image" else load_mask)(path)
@@ -123,17 +122,16 @@ def _check_files(report: SetReport, part: str, files: dict[str, dict[str, Path]]
                 report.problems.append(str(error))
                 continue
             if kind == "image":
-                size = pixels.shape[:2]
-                figures.sizes[size] += 1
+                image = pixels
+                figures.sizes[pixels.shape[:2]] += 1
                 prints.append((part, path, photos[name], fingerprint(pixels)))
                 if remark:
                     odd[f"images as read: {remark}"].append(path.name)
                 if pixels.min() == pixels.max():
                     report.problems.append(f"{path}: shows nothing, all its pixels are {pixels.max()}")
                 continue
-            if size and pixels.shape != size:
-                sizes = " but its image ".join(f"{width}x{height}" for height, width in (pixels.shape, size))
-                report.problems.append(f"{path}: is {sizes}; a mask must have its image's size")
+            if image is not None and (why := size_differs(path, pixels, files["image"][name], image)):
+                report.problems.append(why)
             share = _check_mask(report, path, pixels, remark, kind, odd)
             if kind == "mask":
                 figures.vessel.append(share)
@@ -163,21 +161,6 @@ def _check_mask(report: SetReport, path: Path, mask: np.ndarray, remark: str, ki
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _check_index(report: SetReport, files: set[tuple[str, str]]) -> None:
-    """Compare `photos.csv`, where there is one, with the images' (part, name)."""
-    try:
-        rows = read_index(report.root)
-    except UserError:
-        return  # reported when the parts were read
-    if rows is None or isinstance(report.root, dict) or ALL in report.parts:
-        return
-    unnamed = (files - set(rows), "are not named, so each counts as a photo of its own")
-    for keys, what in (unnamed, (set(rows) - files, "are named but not there")):
-        if keys:
-            names = _some(natural_sort("/".join(key) for key in keys))
-            report.warnings.append(f"{report.root / 'photos.csv'}: {len(keys)} files {what} ({names})")
 
 
 def fingerprint(image: np.ndarray) -> np.ndarray:
@@ -223,7 +206,6 @@ def _check_copies(report: SetReport, prints: list[tuple[str, Path, str, np.ndarr
         more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
         report.problems.append(f"{file}: is in train too, as {copies[0]}{more}; a score on it is worth nothing")
     for part, pairs in unknown.items():
-        report.warnings.append(
-            f"{part}: {len(pairs)} pairs of files show one photo each but count as different photos ({_some(pairs)}); "
-            "give them one photo in photos.csv, or they may be on both sides of a split"
-        )
+        what = f"{len(pairs)} pairs of files show one photo each but count as different photos ({_some(pairs)})"
+        remedy = "give them one photo in photos.csv, or they may be on both sides of a split"
+        report.warnings.append(f"{part}: {what}; {remedy}")

@@ -1,14 +1,16 @@
-"""The files of a dataset, by part and kind: of a folder in a known layout, of two patterns, or of a list of pairs."""
+"""The files of a dataset, by part and kind, and which show one photo: of a folder, of two patterns, or of a list of pairs."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retina_seg.images import list_images, visible
+import numpy as np
+
+from retina_seg.images import list_images, read_image, visible
 from retina_seg.sets.names import match_names
 from retina_seg.utils import UserError, file_kind, natural_sort, read_csv, user_path
 
@@ -42,6 +44,7 @@ class PartFiles:
     files: dict[str, dict[str, Path]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     problems: list[str] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)  # kind -> the folder of all its files, where there is one
+    photos: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> photo, subject, where these are known
 
     def add(self, kind: str, paths: Sequence[Path]) -> None:
         """Take the files `paths` by their names."""
@@ -53,7 +56,7 @@ class PartFiles:
 def find_set(data: Data) -> Root:
     """The dataset at `data`: a folder in a known layout, or up to three folders below it, as archives unpack; else `data`.
 
-    Raises `UserError`: no such folder or table, none in a known layout, or several.
+    Raises `UserError`: no such folder or table, no dataset in a known layout, or several.
     """
     if isinstance(data, dict):
         if set(data) != {"images", "masks"} or not all(isinstance(value, (str, Path)) for value in data.values()):
@@ -63,33 +66,34 @@ def find_set(data: Data) -> Root:
     if data.is_file():
         if data.suffix.lower() not in (".csv", ".tsv"):
             raise UserError(f"{data}: is {file_kind(data) or 'a file'}; give a folder, or a CSV file of pairs")
-        pair_rows(data)
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
-    for known in (_is_data1, part_folders):
-        for level in _levels(data):
-            found = [folder for folder in level if known(folder)]
-            if len(found) > 1:
-                names = ", ".join(str(folder) for folder in found[:3])
-                raise UserError(f"{data}: holds several datasets ({names}); name one of them")
-            if found:
-                return found[0]
-    for folder in (folder for level in _levels(data) for folder in level if (folder / "Image_01L.jpg").is_file()):
+    exact = _topmost(data, lambda folder: any((folder / part / "image").is_dir() for part in PARTS))
+    found = exact or _topmost(data, part_folders)
+    if len(found) > 1:
+        names = ", ".join(str(folder) for folder in found[:3])
+        raise UserError(f"{data}: holds several datasets ({names}); name one of them")
+    if found:
+        return found[0]
+    for folder in _topmost(data, lambda folder: (folder / "Image_01L.jpg").is_file()):
         patterns = f'--images "{folder}/Image_*.jpg" --masks "{folder}/Image_*_1stHO.png"'
         raise UserError(f"{data}: is CHASE_DB1: retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}")
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
 
 
-def _levels(data: Path) -> Iterator[list[Path]]:
-    level = [data]
-    for _ in range(4):
+def folder_levels(top: Path, count: int) -> Iterator[list[Path]]:
+    """The folders `top`, then those in it, then those in these: `count` levels, hidden ones left out."""
+    level = [top]
+    for _ in range(count):
         yield level
-        level = [below for folder in level for below in sorted(folder.iterdir()) if below.is_dir()]
+        level = [below for folder in level for below in visible(folder) if below.is_dir()]
 
 
-def _is_data1(folder: Path) -> bool:
-    return any((folder / part / "image").is_dir() for part in PARTS)
+def _topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
+    """The folders that are `known`, of the first level of `top` that has any, up to three levels below it."""
+    levels = ([folder for folder in level if known(folder)] for level in folder_levels(top, 4))
+    return next(filter(None, levels), [])
 
 
 def _plain(name: str) -> str:
@@ -104,10 +108,9 @@ def part_folders(root: Path) -> dict[str, tuple[Path, dict[str, list[Path]]]]:
     """Part -> its folder, and kind -> the folders of that kind in it (one, in a sound dataset); {} where none has images.
 
     Names as `_PARTS` and `_NAMES`; case, -, _ and space do not matter. The one part is `ALL` where images and masks lie
-    in `root` itself. Raises `UserError`: two folders of one part.
+    in `root` itself.
     """
-    tops = {part: _called(root, _PARTS[part]) for part in PARTS}
-    own = {part: root / part if root / part in paths else paths[0] for part, paths in tops.items() if paths}
+    own = {part: paths[0] for part in PARTS if (paths := _called(root, _PARTS[part]))}
     for parts in (own, {ALL: root}):
         manual = any(_called(top, _MANUAL) for top in parts.values())
         names = _NAMES | ({"mask": _VESSELS, "fov": (*_NAMES["fov"], *_MASKS)} if manual else {})
@@ -116,8 +119,6 @@ def part_folders(root: Path) -> dict[str, tuple[Path, dict[str, list[Path]]]]:
             if (top / "image").is_dir():  # the Data1 layout: nothing else counts beside its own names
                 kinds.update({kind: [top / kind] for kind, paths in kinds.items() if top / kind in paths})
         if any(kinds["image"] and (kinds["mask"] or parts is own) for _, kinds in found.values()):
-            if twice := [paths for paths in tops.values() if len(paths) > 1 and parts is own and not _is_data1(root)]:
-                raise UserError(f"{twice[0][0]}, {twice[0][1]}: two folders for one part; rename or remove one")
             return found
     return {}
 
@@ -134,11 +135,22 @@ def collect_files(root: Root, part: str) -> PartFiles:
     found = PartFiles()
     if isinstance(root, Path) and root.is_file():
         _collect_rows(root, part, found)
-        return found
-    if isinstance(root, dict):
+    elif isinstance(root, dict):
         _collect_patterns(root, found)
+        _match(found)
     else:
         _collect_folders(root, part, found)
+        _match(found)
+        if (table := root / "photos.csv").is_file():
+            _read_photos(table, part, found)
+    images = found.files["image"]
+    if not found.photos and part != "test" and _in_fours(images):
+        found.photos = {name: (str(int(name) // 4),) * 2 for name in images}
+    return found
+
+
+def _match(found: PartFiles) -> None:
+    """Call the other files by the names of their images, and report images and masks without a partner."""
     for kind in KINDS[1:]:
         images = {mask: image for image, mask in match_names([*found.files["image"]], [*found.files[kind]]).items()}
         found.files[kind] = {images.get(name, name): path for name, path in found.files[kind].items()}
@@ -147,7 +159,32 @@ def collect_files(root: Root, part: str) -> PartFiles:
             if name not in found.files[other]:
                 place = f"{found.folders[other] / path.stem}.*" if other in found.folders else f"by --{other}s"
                 found.problems.append(f"{path}: has no partner {place}; add it or remove this")
-    return found
+
+
+def _read_photos(table: Path, part: str, found: PartFiles) -> None:
+    """Take photos and subjects from `photos.csv`; rows of a dataset without parts need none."""
+    columns = ("part", "name", "photo")
+    try:
+        rows = read_csv(table, columns)
+        if any(row[key] is None for row in rows for key in columns):
+            raise UserError(f"{table}: has a row that is cut short; mend or remove it")
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    rows = [row for row in rows if row["part"] in (part, ALL, "")]
+    found.photos = {row["name"]: (row["photo"], row.get("subject") or row["photo"]) for row in rows}
+
+
+def _in_fours(images: dict[str, Path]) -> bool:
+    """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
+    numbers = sorted(int(name) for name in images if name.isdecimal())
+    if not images or len(images) % 4 or numbers != list(range(len(images))):
+        return False
+    try:
+        first, second = (read_image(path) for path in list(images.values())[:2])
+    except UserError:
+        return True  # whoever reads it next says what is wrong with it; until then the cautious answer
+    return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
 
 
 def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
@@ -157,20 +194,19 @@ def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
         folders = kinds.get(kind) or []
         folder, needed = folders[0] if folders else top / kind, kind in ("image", "mask")
         remedy = f"add the {kind}s, or use --images and --masks"
-        try:
-            if len(folders) > 1:
-                names = ", ".join(path.name for path in folders)
-                raise UserError(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
-            if not folders and needed:
-                state = "no such folder" if not folder.is_dir() else "is the field of view beside 1st_manual, no mask"
-                raise UserError(f"{folder}: {state}; {remedy}")
-            if folders:
-                found.folders[kind] = folder
-                found.add(kind, list_images(folder))
-                if needed and not found.files[kind]:
-                    raise UserError(f"{folder}: holds no images; {remedy}")
-        except UserError as error:
-            found.problems.append(str(error))
+        if len(folders) > 1:
+            names = ", ".join(path.name for path in folders)
+            found.problems.append(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
+        elif folders:
+            found.folders[kind] = folder
+            found.add(kind, list_images(folder))
+            if needed and not found.files[kind]:
+                found.problems.append(f"{folder}: holds no images; {remedy}")
+        elif needed:
+            state = "is the field of view beside 1st_manual, no mask" if folder.is_dir() else "no such folder"
+            if part == "test":
+                remedy += "; without test images, score those that a run held out: test --part validation"
+            found.problems.append(f"{folder}: {state}; {remedy}")
 
 
 def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
@@ -194,7 +230,8 @@ def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
 def pair_rows(table: Path) -> list[dict[str, str]]:
     """The rows of a list of pairs, all columns filled in. Raises `UserError`: no such table, or a row that cannot be."""
     columns = ("part", *KINDS, "photo", "subject", "name")
-    rows = [{key: (row.get(key) or "").strip() for key in columns} for row in read_csv(table, KINDS[:2])]
+    # Windows writes paths with \
+    rows = [{k: (row.get(k) or "").strip().replace("\\", "/") for k in columns} for row in read_csv(table, KINDS[:2])]
     rows = [row for row in rows if any(row.values())]
     parted = any(row["part"] for row in rows)
     for row in rows:
@@ -203,10 +240,10 @@ def pair_rows(table: Path) -> list[dict[str, str]]:
         part = next((part for part, names in _PARTS.items() if _plain(row["part"]) in names), None) if parted else ALL
         if part is None:
             raise UserError(f"{table}: {row['image']} is in the part {row['part']!r}; give each row train or test")
-        row |= {"part": part, "name": row["name"] or Path(row["image"].replace("\\", "/")).stem}
+        row |= {"part": part, "name": row["name"] or Path(row["image"]).stem}
         row["photo"] = row["photo"] or row["name"]
         row["subject"] = row["subject"] or row["photo"]
-        if re.search(r"[/\\]|^\.", row["name"]):
+        if "/" in row["name"] or row["name"].startswith("."):
             raise UserError(f"{table}: the name {row['name']} must be no path; results are written under it")
     if not rows:
         raise UserError(f"{table}: holds no pairs; add rows of image and mask")
@@ -222,9 +259,10 @@ def _collect_rows(table: Path, part: str, found: PartFiles) -> None:
         name = row["name"]
         if name in found.files["image"]:
             found.problems.append(f"{table}: two images are called {name}; tell them apart in a column name")
+        if (row["photo"], row["subject"]) != (name, name):
+            found.photos[name] = (row["photo"], row["subject"])
         for kind in filter(row.get, KINDS):
-            path, other = (table.parent / user_path(p) for p in (row[kind], row[kind].replace("\\", "/")))
-            path = path if path.is_file() else other  # written on Windows
+            path = table.parent / user_path(row[kind])
             if not path.is_file():
                 found.problems.append(f"{path}: no such file, but {table} names it; correct the row")
             use = f"{kind} of {row['photo' if kind == 'mask' else 'name']}"

@@ -21,8 +21,8 @@ import numpy as np
 
 from retina_seg.fov import find_fov
 from retina_seg.images import load_mask, read_image, read_mask
-from retina_seg.sets.files import ALL, KINDS, TREE, Data, Root, collect_files, find_set, list_parts, pair_rows
-from retina_seg.utils import UserError, read_csv
+from retina_seg.sets.files import KINDS, TREE, Data, Root, collect_files, find_set, list_parts
+from retina_seg.utils import UserError
 
 
 @dataclass(frozen=True)
@@ -81,45 +81,15 @@ def _pairs(root: Root, part: str) -> list[Pair]:
     found = collect_files(root, part)
     if found.problems:
         more = len(found.problems) - 1
-        known = isinstance(root, dict) or root.is_file() or all(found.files[kind] for kind in KINDS[:2])
+        known = isinstance(root, dict) or root.is_file() or set(found.files["image"]) & set(found.files["mask"])
         tail = (f" (and {more} more problems: retina-seg check)" if more else "") + ("" if known else f"; {TREE}")
         raise UserError(found.problems[0] + tail)
     images, masks, fov, mask_2nd = (found.files[kind] for kind in KINDS)
-    photos = photo_ids(root, part, images)
+    dataset = _name(root).lower()
     return [
-        Pair(name, path, masks[name], *photos[name], fov.get(name), mask_2nd.get(name), _name(root).lower())
+        Pair(name, path, masks[name], *found.photos.get(name, (name, name)), fov.get(name), mask_2nd.get(name), dataset)
         for name, path in images.items()
     ]
-
-
-def photo_ids(root: Root, part: str, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """The (photo, subject) of each image: by a table, else by the Kaggle set's order. Raises as `read_index`."""
-    rows = read_index(root)
-    if rows is None and part != "test" and _in_fours(images):
-        return {name: (str(int(name) // 4),) * 2 for name in images}
-    rows = rows or {}
-    # a spreadsheet writes 007 as 7; a dataset without parts has one row a name
-    short = {name: name.lstrip("0") if name.lstrip("0") not in images else name for name in images}
-    keys = {name: [(p, n) for n in (name, short[name]) for p in (part, ALL, "")] for name in images}
-    return {name: next((rows[key] for key in keys[name] if key in rows), (name, name)) for name in images}
-
-
-def read_index(root: Root) -> dict[tuple[str, str], tuple[str, str]] | None:
-    """`photos.csv`, or a list of pairs: (part, name) -> (photo, subject); None without one. Raises `UserError`: it is none."""
-    if isinstance(root, dict):
-        return None
-    if root.is_file():
-        rows = pair_rows(root)
-        if all(row["photo"] == row["subject"] == row["name"] for row in rows):
-            return None
-        return {(row["part"], row["name"]): (row["photo"], row["subject"]) for row in rows}
-    index, columns = root / "photos.csv", ("part", "name", "photo")
-    if not index.is_file():
-        return None
-    rows = read_csv(index, columns)
-    if any(row[key] is None for row in rows for key in columns):
-        raise UserError(f"{index}: has a row that is cut short; mend or remove it")
-    return {(row["part"], row["name"]): (row["photo"], row.get("subject") or row["photo"]) for row in rows}
 
 
 def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
@@ -130,26 +100,12 @@ def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
         raise UserError(f"{both[0]}: {len(both)} of {len(tested)} test images are training images; {remedy}")
 
 
-def _in_fours(images: dict[str, Path]) -> bool:
-    """Whether the files are 0 … 4n-1 with file 4k+1 the mirror image of file 4k, as in the Kaggle set's train part."""
-    numbers = sorted(int(name) for name in images if name.isdecimal())
-    if not images or len(images) % 4 or numbers != list(range(len(images))):
-        return False
-    try:
-        first, second = (read_image(path) for path in list(images.values())[:2])
-    except UserError:
-        return True  # whoever reads it next says what is wrong with it; until then the cautious answer
-    return first.shape == second.shape and np.array_equal(first[:, ::-1], second)
-
-
 def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
     """As `load_mask`, of a mask of vessels. Raises `UserError` also where most of the frame would be vessel."""
     mask, remark = load_mask(path)
     if (share := np.count_nonzero(mask > 127) / mask.size) > 0.5:
-        read = f" (read as {remark})" if remark else ""
-        raise UserError(
-            f"{path}: calls {100 * share:.0f} % of the frame vessel{read}; is it inverted? If so, invert it"
-        )
+        what = f"{100 * share:.0f} % of the frame vessel" + (f" (read as {remark})" if remark else "")
+        raise UserError(f"{path}: calls {what}; is it inverted? If so, invert it")
     return mask, remark
 
 
@@ -159,10 +115,17 @@ def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarr
     Raises `UserError`: a file cannot be read, the two differ in size, or the mask looks inverted.
     """
     pixels, (truth, _) = read_image(image), load_vessels(mask)
-    if pixels.shape[:2] != truth.shape:
-        sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels, truth))
-        raise UserError(f"{image} and {mask}: differ in size ({sizes}); a mask must have its image's size")
+    if why := size_differs(mask, truth, image, pixels):
+        raise UserError(why)
     return pixels, truth
+
+
+def size_differs(path: str | Path, mask: np.ndarray, image_path: str | Path, image: np.ndarray) -> str:
+    """The message where a mask (H, W) has another size than its image, else ""."""
+    if mask.shape == image.shape[:2]:
+        return ""
+    own, other = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
+    return f"{path}: is {own} but its image {other} ({image_path}); a mask must have its image's size"
 
 
 def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
@@ -170,8 +133,8 @@ def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
     if pair.fov is None:
         return find_fov(image)
     fov = read_mask(pair.fov) > 127
-    if fov.shape != image.shape[:2]:
-        raise UserError(f"{pair.fov}: differs in size from its image {pair.image}")
+    if why := size_differs(pair.fov, fov, pair.image, image):
+        raise UserError(why)
     return fov
 
 
@@ -187,12 +150,10 @@ def check_masks(pairs: Sequence[Pair]) -> list[str]:
     empty = 0
     for pair in pairs:
         mask, remark = load_vessels(pair.mask)
-        empty += not np.any(mask > 127)
+        empty += mask.max() <= 127
         if remark:
             odd.setdefault(remark, []).append(pair.mask)
     if pairs and empty == len(pairs):
-        raise UserError(
-            f"{pairs[0].mask}: is empty, as all {len(pairs)} masks are; give masks in which vessels are white"
-        )
+        raise UserError(f"{pairs[0].mask}: is empty, as all {empty} masks are; give masks in which vessels are white")
     names = (f"{file} and {len(more)} more" if more else file for file, *more in odd.values())
     return [f"warning: {name}: the mask as read: {remark}" for name, remark in zip(names, odd, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.files import KINDS
+from retina_seg.sets.files import KINDS, folder_levels
+from retina_seg.sets.layout import size_differs
 from retina_seg.utils import UserError, create_dir, natural_key, user_path, write_csv
 
 SIZE = 512  # the side the original resizes everything to
@@ -137,19 +139,21 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
     (images,) = found.values()
     labelled = [image for image in images if "mask" in image.files]
     folders = {image.groups.get("folder") for image in labelled}  # DRIVE's site gives no test masks
-    listed = []
+    listed: dict[str, list[RawImage]] = {"train": [], "test": []}
     for image in images:
-        if raw.complete and image not in labelled and image.groups.get("folder") in folders:
+        folder = image.groups.get("folder")
+        if raw.complete and "mask" not in image.files and folder in folders:
             mask = raw.mask.format(**image.groups)
             raise UserError(f"{image.files['image']}: its mask {mask}.* is missing; complete the download")
-        if folder := image.groups.get("folder"):
+        if folder:
             training = folder.lower().startswith("train")
         elif raw.last_train is not None:
             training = int(image.groups["number"]) <= raw.last_train
         else:
             training = image in labelled[: (len(labelled) + 1) // 2]
-        listed.append(replace(image, part="train" if training else "test"))
-    return sorted(listed, key=lambda image: image.part != "train")
+        part = "train" if training else "test"
+        listed[part].append(replace(image, part=part))
+    return listed["train"] + listed["test"]
 
 
 def _stem(path: Path) -> str:
@@ -159,15 +163,13 @@ def _stem(path: Path) -> str:
 
 def _files_below(source: Path) -> dict[str, Path]:
     """The image files below `source`, by relative path without endings, in natural order: im0001.ppm before its .gz."""
-    found, level = [], [("", source)]
-    for _ in range(SEARCH_DEPTH + 3):  # a set's own files are up to two folders deep
-        here = [(prefix, path) for prefix, folder in level for path in visible(folder)]
-        level = [(f"{prefix}{path.name}/", path) for prefix, path in here if path.is_dir()]
-        found += [(prefix + _stem(path), path) for prefix, path in here if path.is_file()]
+    # a set's own files are up to two folders deep
+    folders = [folder for level in folder_levels(source, SEARCH_DEPTH + 3) for folder in level]
+    paths = [path for folder in folders for path in visible(folder) if path.is_file()]
     files: dict[str, Path] = {}
-    for key, path in sorted(found, key=lambda item: natural_key(_stem(item[1]).lower())):
+    for path in sorted(paths, key=lambda path: natural_key(_stem(path).lower())):
         if path.name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES):
-            files.setdefault(key, path)
+            files.setdefault(path.relative_to(source).with_name(_stem(path)).as_posix(), path)
     return files
 
 
@@ -194,8 +196,8 @@ def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
 
 def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
     """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
-    images = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
-    train, test = ([image.files for image in images if image.part == part] for part in ("train", "test"))
+    raw = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
+    train, test = ([image.files for image in raw if image.part == part] for part in ("train", "test"))
     return tuple(([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
 
 
@@ -224,8 +226,7 @@ def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: 
     if augment:
         yield _resized({kind: array[:, ::-1] for kind, array in pixels.items()}, side)
         yield _resized({kind: array[::-1] for kind, array in pixels.items()}, side)
-        # an angle of its own, whatever other images there are
-        rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])
+        rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])  # whatever other images there are
         yield _resized(rotated(pixels, float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))), side)
 
 
@@ -234,9 +235,8 @@ def _load(raw: RawImage, vessel_above: int) -> Arrays:
     pixels = {"image": read_image(raw.files["image"])}
     for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
-        if array.shape != pixels["image"].shape[:2]:
-            sizes = " and ".join(f"{a.shape[1]}x{a.shape[0]}" for a in (pixels["image"], array))
-            raise UserError(f"{raw.files['image']} and {path}: differ in size ({sizes}); download the two again")
+        if why := size_differs(path, array, raw.files["image"], pixels["image"]):
+            raise UserError(why)
         # DRIVE's second observer decodes to 3 and 253
         pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
     return pixels
@@ -296,15 +296,14 @@ def prepare_set(
     raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
     if raw is None:
         raise UserError(f"{name}: no such set; choose one of {', '.join(SETS)}")
-    text = str(size)
-    if text != "native" and not (text.isascii() and text.isdecimal() and 1 <= int(text) <= LARGEST_SIDE):
+    side = None if size == "native" else int(size) if str(size).isdecimal() else 0
+    if side is not None and not 1 <= side <= LARGEST_SIDE:
         raise UserError(f"--size {size}: give a number of pixels (up to {LARGEST_SIDE}) or native")
-    side = None if text == "native" else int(text)
     if split not in SPLITS:
         raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
     source, destination = user_path(source), user_path(destination)
     images = list_raw(raw, source)
-    # `resolve` raises where a link leads in a circle
+    # not `resolve`, which raises where a link leads in a circle
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise UserError(f"{destination}: lies inside the raw images {source}; choose a folder elsewhere")
     labelled = [image for image in images if "mask" in image.files]
@@ -318,17 +317,18 @@ def prepare_set(
         labelled = [replace(image, part=split) for image in labelled]
     augment = raw.name == "DRIVE" and side == SIZE
     rows: list[dict[str, object]] = []
+    counts: Counter[str] = Counter()  # images by part
     with atomic_folder(destination) as folder:
         for image in tqdm(labelled, desc=raw.name, unit="image", disable=not progress):
             many = augment and image.part == "train"
             subject, source_name = image.groups.get("subject", image.name), image.files["image"].name
-            number = [other.part for other in labelled[: labelled.index(image)]].count(image.part)
             for k, pixels in enumerate(_variants(image, raw.vessel_above, side, many, seed)):
                 file = f"{image.name}_{k}" if many else image.name
                 if augment and split == "usual":
-                    file = str(4 * number + k if many else number)
+                    file = str(4 * counts[image.part] + k if many else counts[image.part])
                 for kind, array in pixels.items():
                     write_image(create_dir(folder / image.part / kind) / f"{file}.png", array)
                 rows.append(dict(zip(COLUMNS, (image.part, file, image.name, subject, k, source_name), strict=True)))
+            counts[image.part] += 1
         write_csv(folder / "photos.csv", COLUMNS, rows)
     return destination

@@ -7,10 +7,11 @@ x right, y down; so a seed is the same eye at every size of one shape.
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def synthetic_image(seed: int, height: int = 512, width: int = 512) -> Synthetic
     # Column and row coordinates in field radii: (1, W) and (H, 1) float32, they broadcast to the image.
     x = ((np.arange(shape[1], dtype=np.float32) - eye.centre[0]) / eye.radius)[None, :]
     y = ((np.arange(shape[0], dtype=np.float32) - eye.centre[1]) / eye.radius)[:, None]
-    fov = eye.field_of_view(x, y)
+    fov = (x**2 + y**2 <= 1) & (np.abs(y) <= eye.cut)
+    if eye.notch and abs(eye.notch[1]) < eye.cut - eye.notch[2]:
+        fov |= (x - eye.notch[0]) ** 2 + (y - eye.notch[1]) ** 2 <= eye.notch[2] ** 2
     coverage, arteries, veins, reflex = _render_vessels(_grow_vessels(growth, eye), eye, shape)
     colour = _paint_retina(paint, eye, x, y)
     colour *= (1 - arteries[..., None] * ARTERY_ABSORBS) * (1 - veins[..., None] * VEIN_ABSORBS)
@@ -86,8 +89,8 @@ def write_set(
 
     Raises `UserError`: `destination` is a file or not empty, or cannot be written; a count, size or seed out of range.
     """
-    if not (0 <= train <= TEST_SEEDS and 0 <= test <= TEST_SEEDS):
-        raise UserError(f"--train {train}, --test {test}: both must be between 0 and {TEST_SEEDS}")
+    if min(seed, train, test) < 0 or max(train, test) > TEST_SEEDS:
+        raise UserError(f"--seed {seed}, --train {train}, --test {test}: from 0 on, images {TEST_SEEDS} at most")
     first = seed * 2 * TEST_SEEDS
     jobs = [("train", i, first + i) for i in range(train)] + [("test", i, first + TEST_SEEDS + i) for i in range(test)]
     rows = []
@@ -110,9 +113,8 @@ def data_or_synthetic(
     Raises `UserError`: `data` holds images, but not in the layout; `fallback` holds something else or cannot be written.
     """
     fallback = user_path(fallback)
-    if isinstance(data, dict) or (top := user_path(data)).is_file():
-        return find_set(data), False
-    if any(list_images(folder) for folder in [top, *top.rglob("*/")] if folder.is_dir()):
+    folders = [] if isinstance(data, dict) else [user_path(data), *user_path(data).rglob("*/")]
+    if not folders or folders[0].is_file() or any(list_images(folder) for folder in folders if folder.is_dir()):
         return find_set(data), False
     if not (fallback / "photos.csv").is_file():
         write_set(fallback, progress=progress, **size)
@@ -143,12 +145,6 @@ class _Eye:
         dx, dy = self.temporal * outward * unit, -up * unit
         return self.disc[0] + cos * dx - sin * dy, self.disc[1] + sin * dx + cos * dy
 
-    def field_of_view(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        inside = (x**2 + y**2 <= 1) & (np.abs(y) <= self.cut)
-        if self.notch and abs(self.notch[1]) < self.cut - self.notch[2]:
-            inside |= (x - self.notch[0]) ** 2 + (y - self.notch[1]) ** 2 <= self.notch[2] ** 2
-        return inside
-
 
 @dataclass
 class _Tip:
@@ -160,9 +156,6 @@ class _Tip:
     heading: float
     radius: float
     course: list[tuple[float, float]] = field(default_factory=list)
-
-    def __lt__(self, other: _Tip) -> bool:
-        return self.radius > other.radius  # the heap takes the thickest first: trunks before twigs
 
 
 class _DensityMap:
@@ -209,15 +202,15 @@ def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Tip]:
 
 
 def _grow_vessels(rng: np.random.Generator, eye: _Eye) -> Tree:
-    """Grow both trees until vessels cover this eye's share of the field."""
-    density, heap, tree = _DensityMap(eye), list(_trunks(rng, eye)), []
-    heapq.heapify(heap)
+    """Grow both trees, thick vessels first, until they cover this eye's share of the field."""
+    thickness = attrgetter("radius")
+    density, tips, tree = _DensityMap(eye), sorted(_trunks(rng, eye), key=thickness), []
     uncovered = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.098, 0.124)
-    while heap and uncovered > 0:
-        tip = heapq.heappop(heap)
+    while tips and uncovered > 0:
+        tip = tips.pop()
         points, twigs = _grow_one(rng, eye, density, tip)
         for twig in twigs:
-            heapq.heappush(heap, twig)
+            insort(tips, twig, key=thickness)
         tree.append((tip.artery, rng.uniform(0.75, 1.15), points))
         uncovered -= 2 * STEP * float(points[np.abs(points[:, 1]) < eye.cut, 2].sum())
     return tree
@@ -277,10 +270,7 @@ def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, r2: float
 
 
 def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Vessels drawn finer and averaged down, each layer (H, W) float32 in [0, 1].
-
-    Coverage (share of the pixel under a vessel), opacity of arteries and of veins, the arteries' central reflex.
-    """
+    """Four layers (H, W) float32 in [0, 1]: coverage by vessels, opacity of arteries and of veins, arteries' reflex."""
     fine = 4 if max(shape) <= 1024 else 2
     covered, arteries, veins, reflex = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(4))
     segments = []
@@ -375,6 +365,10 @@ def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.nda
     noise = rng.standard_normal(seen.shape, dtype=np.float32)
     noise = 0.6 * noise + 1.2 * cv2.GaussianBlur(noise, (0, 0), 0.8)
     seen += noise * rng.uniform(0.016, 0.03) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
-    bgr = cv2.cvtColor(np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
-    code = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(82, 97))])[1]
+    return jpeg(np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8), int(rng.integers(82, 97)))
+
+
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """`image` (H, W, 3) uint8 RGB after JPEG compression of `quality`, 1 to 100."""
+    code = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return cv2.cvtColor(cv2.imdecode(code, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
