@@ -282,6 +282,7 @@ for command, make, line in (
     ("export", lambda d: made(d.folder / "odd.onnx"), "odd.onnx"),
     ("train", lambda d: d.run(), "odd: already holds a run"),
     ("prepare", lambda d: d.raw() / "odd", "odd: lies inside"),
+    ("prepare", FILE, "odd: is a file"),
     ("prepare", lambda d: written(d.odd / "a.txt", b"").parent, "odd: is not empty .a.txt"),
     ("predict", lambda d: written(d.odd / "good_vessels.png", b"").parent, "good_vessels.png: is there already"),
     ("predict", lambda d: written(d.odd / "summary.csv", b"a,b").parent, "odd/summary.csv: is"),

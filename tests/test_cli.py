@@ -82,14 +82,6 @@ def test_the_main_job_on_an_empty_folder_uses_synthetic_images(tmp_path, monkeyp
     assert len(list(Path("Data1").iterdir())) == len(list(Path("results/run").iterdir())) == 1
 
 
-def test_the_main_job_on_a_filled_folder_uses_its_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_set("images/inner/Data", 2, 1, (64, 64), progress=False)
-    assert call("run", "--data", "images", "--output", "out", "--preset", "notebook", *SMALL) == 0
-    config = TrainConfig.from_json(tmp_path / "out/config.json")
-    assert config.data.endswith("images/inner/Data") and config.preset == "notebook"
-
-
 def test_train_then_test_then_resume_as_in_the_readme(tiny_set, tmp_path, capsys):
     run = tmp_path / "run"
     assert call("train", "--preset", "notebook", "--data", tiny_set, "--output", run, *SMALL) == 0

@@ -52,13 +52,6 @@ def test_four_pixels_by_hand():
     assert dice_bce_loss(logits, targets).item() == pytest.approx(dice + bce, abs=1e-6)
 
 
-def test_dice_is_over_all_pixels_of_the_batch_not_a_mean_over_images():
-    logits, targets = torch.tensor([[0.0, 0.0], [5.0, 5.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    together = dice_loss(logits, targets).item()
-    assert together == pytest.approx(dice_loss(logits.flatten(), targets.flatten()).item(), abs=1e-7)
-    assert abs(together - sum(map(dice_loss, logits, targets)).item() / 2) > 0.01
-
-
 def test_perfect_overlap_costs_nothing_and_none_costs_nearly_one_and_the_logit():
     targets = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     logits = torch.where(targets > 0, 50.0, -50.0)

@@ -287,17 +287,6 @@ def test_refuses_two_sizes_and_damaged_files_and_leaves_nothing(tmp_path):
         refused(tmp_path, "22_training.tif: is not an image", "drive", source, destination)
 
 
-def test_refuses_a_destination_in_use(tmp_path):
-    source = make_drive(tmp_path / "raw", 1)
-    save(tmp_path / "used" / "photo.png", image(1))
-    (tmp_path / "file").touch()
-    refused(tmp_path, "is not empty .photo.png", "drive", source, "used")
-    refused(tmp_path, "file: is a file", "drive", source, "file")
-    for inside in ("raw", "raw/training/set"):
-        refused(tmp_path, "lies inside the raw images", "drive", source, inside)
-    refused(tmp_path, "is not empty", "drive", source, ".")
-
-
 @pytest.mark.parametrize("existing", [False, True])
 def test_leaves_nothing_when_interrupted_or_the_disk_is_full(existing, tmp_path, monkeypatch):
     source = make_drive(tmp_path / "raw", 1)

@@ -62,19 +62,6 @@ def test_the_network_is_fed_the_image_itself_where_the_scale_fits(image):
     np.testing.assert_allclose(probability, 1 / (1 + np.exp(10 * (image.mean(axis=2) / 255 - 0.5))), atol=1e-5)
 
 
-def test_the_network_is_fed_blue_green_red():
-    class Blue(nn.Module):
-        stride = 4
-
-        def forward(self, x):
-            return 20 * x[:, :1] - 10
-
-    blue = np.full((16, 16, 3), (0, 0, 255), np.uint8)
-    segmenter = Segmenter(Blue(), ResizeFrame(16, 16), device="cpu")
-    assert segmenter(blue, everywhere=True).min() > 0.99
-    assert segmenter(blue[..., ::-1].copy(), everywhere=True).max() < 0.01
-
-
 @pytest.mark.parametrize("frame", [FovFrame(90.0), ResizeFrame(64, 64)], ids=["fov", "resize"])
 def test_outside_the_field_of_view_the_prediction_is_zero_unless_asked_for(image, frame):
     fov = find_fov(image)
