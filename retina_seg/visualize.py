@@ -19,6 +19,7 @@ SCREEN_DPI = 72  # of figures that show images: a committed notebook has to stay
 # white, and sky blue and orange of Okabe and Ito: told apart with every kind of colour blindness
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (255, 255, 255), (86, 180, 233), (230, 159, 0)
 OUTLINE = (86, 180, 233)  # sky blue: far from the colours of a fundus
+OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of figures: the same palette
 
 
 def mask_parse(mask: np.ndarray) -> np.ndarray:
@@ -261,12 +262,12 @@ def architecture(model: Any, height: int = 512, width: int = 512) -> Any:
         wide, high, middle = math.sqrt(channels) / 10, math.sqrt(rows / height), 2 * math.log2(rows / height)
         before, left, kind = right, right + 0.5 + 0.06 * len(name), type(part).__name__
         right, top, label = left + wide, middle + high / 2, None if kind in colours else kind
-        colour = colours.setdefault(kind, f"C{len(colours) - 1}")
+        colour = colours.setdefault(kind, OKABE_ITO[(len(colours) - 1) % len(OKABE_ITO)])
         axis.bar(left, high, wide, middle - high / 2, align="edge", color=colour, label=label)
         text = f"{name}\n{channels}" + f"\n{columns}x{rows}" * (not inputs or rows != inputs[0].shape[2])
         axis.text(left + wide / 2, middle - high / 2, text, ha="center", va="top", fontsize=8)
         for x, y, above in (ends[id(tensor)] for tensor in inputs if id(tensor) in ends):
-            skip = {"color": "C0", "connectionstyle": "bar,armA=-9,armB=-9,fraction=0"} if x != before else {}
+            skip = {"color": OKABE_ITO[0], "connectionstyle": "bar,armA=-9,armB=-9,fraction=0"} if x != before else {}
             style = {"arrowstyle": "->", "color": "0.3"} | skip
             axis.annotate("", (left, above if skip else middle), (x, above if skip else y), arrowprops=style)
         ends[id(output)] = right, middle, top  # no id comes twice: `calls` keeps the tensors
