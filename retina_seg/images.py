@@ -47,7 +47,8 @@ def _unknown(path: Path, start: bytes) -> str:
     known = next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
     what = _VIDEO if file_format(start) == "video" else known or file_kind(path)
     if what is None:
-        return "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
+        odd = "is a TIFF of a kind that is not read, as of 16-bit floats; save it as PNG"
+        return odd if file_format(start) == "tiff" else "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
     return f"is not an image but {what}" + ("" if ";" in what else "; give an image file")
 
 

@@ -130,7 +130,7 @@ def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, 
 @pytest.mark.parametrize(
     ("name", "text", "names"),
     [
-        ("list.txt", "# mine\n\n b.jpg\r\nbelow/c.tif\n", {"b", "below/c"}),
+        ("list.txt", "# mine\n\n b.jpg\r\nbelow\\c.tif\n", {"b", "below/c"}),
         ("list.txt", "{images}/a.png\nbelow\na.png", {"a", "below/c"}),
         ("../list.lst", '"images/below/c.tif"\nother/c.png', {"images/below/c", "other/c"}),
         ("sub/list.csv", "id;Image;grade\n1;../a.png;0\n;;\n2;../b.jpg;1\n", {"a", "b"}),

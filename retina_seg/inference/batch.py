@@ -240,7 +240,8 @@ def _read_list(path: Path) -> list[Path]:
     paths = []
     for number, row in rows:
         entry = "".join(row[column : column + 1]).strip().strip('"')
-        paths.append(path.parent / user_path(entry))
+        here, other = (path.parent / user_path(name) for name in (entry, entry.replace("\\", "/")))  # Windows writes \
+        paths.append(here if os.path.lexists(here) else other)
         if not entry or not os.path.lexists(paths[-1]):
             raise UserError(f"{path}, line {number}: {paths[-1] if entry else 'no path'}: no such file or folder")
     return paths
