@@ -125,7 +125,8 @@ def load_model(
         checkpoint["style"] = style or ("balanced" if own == AUTO else own)
         names = AUTO_STYLES if style == AUTO else [checkpoint["style"]]
         try:
-            model.mix_styles([styles[name] for name in names])
+            mix: Any = model.mix_styles
+            mix([styles[name] for name in names])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise UserError(f"{path}: its style {str(checkpoint['style'])[:80]} does not fit its network") from None
     return model.eval(), checkpoint

@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     """An option for every field of `TrainConfig` that has a help text, in its groups."""
-    group = parser
+    group: Any = parser
     for item in (field for field in dataclasses.fields(TrainConfig) if field.metadata):
         if item.name in GROUPS:
             group = parser.add_argument_group(GROUPS[item.name])

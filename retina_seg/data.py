@@ -172,7 +172,7 @@ class FrameDataset(Dataset):
     """
 
     def __init__(self, pairs: Sequence[Pair], frame: Frame, stride: int, datasets: Sequence[str] = ()) -> None:
-        self.items = []
+        self.items: list[tuple[Any, ...]] = []
         for pair in pairs:
             image, mask, fov = load_with_fov(pair)
             place = frame.place(fov)

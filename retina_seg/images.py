@@ -48,7 +48,11 @@ def _unknown(path: Path, start: bytes) -> str:
     what = _VIDEO if file_format(start) == "video" else known or file_kind(path)
     if what is None:
         odd = "is a TIFF of a kind that is not read, as of 16-bit floats; save it as PNG"
-        return odd if file_format(start) == "tiff" else "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
+        return (
+            odd
+            if file_format(start) == "tiff"
+            else "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
+        )
     return f"is not an image but {what}" + ("" if ";" in what else "; give an image file")
 
 
@@ -225,7 +229,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         done, content = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image)
         if not done:
             raise OSError("OpenCV could not encode it")
-        temporary.write_bytes(content)
+        temporary.write_bytes(content.data)
 
 
 def visible(folder: str | Path) -> list[Path]:

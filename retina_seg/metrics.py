@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 
 class _Additive:
     """Of a dataclass of numbers: they add up one by one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __add__(self, other: Any) -> Any:
         return type(self)(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

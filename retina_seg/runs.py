@@ -12,6 +12,7 @@ from torch import nn
 
 from retina_seg.checkpoint import LAST, find_weights, load_checkpoint, load_model
 from retina_seg.config import TrainConfig
+from retina_seg.sets.files import Data
 from retina_seg.sets.layout import Pair, check_apart, list_pairs
 from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError, read_csv, read_json, user_path, without_nan
@@ -90,7 +91,7 @@ def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
     return dataclasses.replace(config, **changes), model
 
 
-def held_out_pairs(run: str | Path, data: str | Path) -> list[Pair]:
+def held_out_pairs(run: str | Path, data: Data | Sequence[Data]) -> list[Pair]:
     """The images at `data` that the training in the folder `run` held out. Raises `UserError`: there are none, or not all."""
     path = user_path(run) / "config.json"
     names = read_json(path).get("validation") if path.exists() else None
@@ -106,8 +107,8 @@ def default_output(
     run: str | Path, protocol: str, part: str, tta: bool, working_size: int | None, style: str | None = None
 ) -> Path:
     """The folder for the scores of `run`: its own for the original's protocol on test images, else one inside it."""
-    unusual = {part: part != "test", protocol: protocol != "notebook", "tta": tta, str(working_size): working_size}
-    unusual |= {str(style): style}
+    unusual: dict[str, Any] = {part: part != "test", protocol: protocol != "notebook", "tta": tta}
+    unusual |= {str(working_size): working_size, str(style): style}
     return Path(run, "-".join(name for name, here in unusual.items() if here))
 
 

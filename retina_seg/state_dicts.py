@@ -74,7 +74,8 @@ def recognised(path: Path, value: Any) -> dict[str, Any]:
         names = ", ".join(place or "the dictionary itself" for place in found)[:120]
         remedy = "save one of them: torch.save(model.state_dict(), path)"
         raise UserError(f"{path}: holds several networks ({names}); {remedy}")
-    (weights,), known = map(unwrapped, found.values()), [(name, {}) for name in MODELS]
+    (weights,) = map(unwrapped, found.values())
+    known: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS]
     known += [(config.model, config.model_arguments) for config in map(TrainConfig.from_preset, PRESETS)]
 
     def differences(kind: tuple[str, dict[str, Any]]) -> int:

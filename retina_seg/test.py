@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def score_pairs(
         network = score_image(sample.mask, predicted, sample.probability, regions)
         observer = None if second is None else score_image(sample.mask, second, None, regions)
         if folder:
-            strip = visualize.strip(sample.image, np.uint8(sample.mask) * 255, np.uint8(predicted) * 255)
+            strip = visualize.strip(sample.image, sample.mask.astype(np.uint8) * 255, predicted.astype(np.uint8) * 255)
             write_image(folder / f"{sample.name}.png", strip)
             errors = visualize.error_overlay(sample.image, sample.mask, predicted, regions[how.region])
             write_image(folder / f"{sample.name}_errors.png", errors)
@@ -198,7 +199,7 @@ def table(value: dict[str, Any]) -> str:
     """The scores of metrics.json as a table for people: a row a region (and observer), a column a score."""
     short = {"average_precision": "avg prec", "specificity": "specif", "precision": "precis", "accuracy": "accur"}
     lines = [" " * 28 + "".join(f"{short.get(name, name):>9}" for name in SCORES)]
-    for who, scores in (("network", value), ("2nd observer", value.get("second_observer"))):
+    for who, scores in (("network", value), ("2nd observer", value.get("second_observer", {}))):
         for region, shown in REGION_NAMES.items() if scores else ():
             numbers = "".join(f"{format_number(scores[region]['mean'][name]):>9}" for name in SCORES)
             lines.append(f"{who + ', ' + shown:<28}{numbers}")
@@ -213,7 +214,7 @@ def table(value: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _CallableModule(type(sys)):
+class _CallableModule(ModuleType):
     __call__ = staticmethod(test)
 
 

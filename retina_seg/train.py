@@ -158,12 +158,12 @@ def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
         parts = [sorted(part, key=lambda pair: pair.image.name) for part in (training, validation)]
         files = [([pair.image for pair in part], [pair.mask for pair in part]) for part in parts]
         first, second = (data.DriveDataset(*some, (side, side)) if some[0] else None for some in files)
-        return _Data(first, second, *parts, ResizeFrame(side, side))
+        return _Data(first, second, parts[0], parts[1], ResizeFrame(side, side))
     # stored variants of a photo would only make it count several times: augmentation draws its own
     training, validation = ([*{p.photo: p for p in reversed(part)}.values()] for part in (training, validation))
     how, styles = Augmentation.changed(config.augmentation), config.styles == "datasets"
     normalise = config.normalise == "fov"
-    drawn = {"size": side, "patches": config.patches, "how": how, "seed": config.seed}
+    drawn: dict[str, Any] = {"size": side, "patches": config.patches, "how": how, "seed": config.seed}
     patches = data.PatchDataset(training, config.fov_diameter, **drawn, normalise=normalise, styles=styles)
     diameter = patches.frame.fov_diameter
     if config.largest_diameter and not diameter <= config.largest_diameter <= LARGEST_SIDE:
@@ -285,7 +285,7 @@ class _Loop:
         self.config, self.opened, self.device, self.world = config, opened, device, world
         self.folder = Path(config.output)
         self.precision = choose_precision(config.precision, device)
-        self.model = model.to(device, memory_format=training_layout(device, self.precision))
+        self.model = model.to(device, memory_format=training_layout(device, self.precision))  # type: ignore[call-overload]
         self.parallel = world.parallel(self.model, device)
         self.optimizer = make_optimizer(model, config)
         self.ema = EMA(model, config.ema) if config.ema and world.is_main else None

@@ -40,8 +40,8 @@ def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
     inside = fov.astype(np.uint8)
     mean, spread = (value.ravel() for value in cv2.meanStdDev(image, mask=inside))
     table = NORMAL_MEAN + (np.arange(256)[:, None] - mean) * NORMAL_SPREAD / np.maximum(spread, LOWEST_SPREAD)
-    table = np.clip(np.rint(table), 0, 255).astype(np.uint8)[None]
-    return cv2.LUT(image, table) * inside[:, :, None]
+    levels = np.clip(np.rint(table), 0, 255).astype(np.uint8)[None]
+    return cv2.LUT(image, levels) * inside[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,8 @@ def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generato
     if how.jpeg and rng.random() < how.jpeg:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(15, 81))]
         _, content = cv2.imencode(".jpg", np.rint(image * 255).astype(np.uint8), quality)
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR).astype(np.float32) / 255
+        decoded: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        image = decoded.astype(np.float32) / 255
     if how.levels and rng.random() < how.levels:
         count = np.float32(rng.uniform(8, 48))
         image = np.clip(np.rint(image * count) / count, 0, 1)

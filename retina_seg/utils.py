@@ -24,6 +24,7 @@ import numpy as np
 
 T = TypeVar("T")
 R = TypeVar("R")
+Named = TypeVar("Named", bound=str | Path)
 
 
 class UserError(Exception):
@@ -116,7 +117,7 @@ def natural_key(text: str | Path) -> tuple:
     return tuple((int(part[:18]), part) if index % 2 else part for index, part in enumerate(parts))
 
 
-def natural_sort(items: Iterable[T]) -> list[T]:
+def natural_sort(items: Iterable[Named]) -> list[Named]:
     """`items` (names or paths) in natural order, numbers by value."""
     return sorted(items, key=natural_key)
 

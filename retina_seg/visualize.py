@@ -78,8 +78,8 @@ def contact_sheet(
     for tile, image, caption in zip(tiles, images, captions, strict=True):
         tile[24 : 24 + len(image), : image.shape[1]] = image
         cv2.putText(tile, short(caption), (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
-    tiles = torch.from_numpy(tiles).permute(0, 3, 1, 2)
-    grid = make_grid(tiles, nrow=min(columns, len(tiles)), padding=6, pad_value=255)
+    batch = torch.from_numpy(tiles).permute(0, 3, 1, 2)
+    grid = make_grid(batch, nrow=min(columns, len(batch)), padding=6, pad_value=255)
     return grid.permute(1, 2, 0).contiguous().numpy()
 
 
@@ -137,8 +137,8 @@ def line_chart(
     figure, (axis,) = new_figure(width=6.4)
     for name, (x, y) in lines.items():
         axis.plot(x, y, marker="o" if len(x) < 30 else None, ms=3, label=name)
-    for number, (name, x) in enumerate((marks or {}).items()):
-        axis.axvline(x, color="0.4", lw=1, ls=("--", ":")[number % 2], label=name)
+    for number, (name, mark) in enumerate((marks or {}).items()):
+        axis.axvline(mark, color="0.4", lw=1, ls=("--", ":")[number % 2], label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=ylim, title=title)
     axis.legend(frameon=False)
     return figure
@@ -209,7 +209,7 @@ def gallery(
     rows = math.ceil(len(images) / columns)
     height = width * max(image.shape[0] / image.shape[1] for image in images) + 24
     size = (columns * (width + 8) / SCREEN_DPI, (rows * (height + 8) + 30 * colours) / SCREEN_DPI)
-    figure = Figure(figsize=size, dpi=SCREEN_DPI, layout="constrained")
+    figure: Any = Figure(figsize=size, dpi=SCREEN_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=4 / SCREEN_DPI, h_pad=4 / SCREEN_DPI, wspace=0, hspace=0)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:

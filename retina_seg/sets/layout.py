@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def list_pairs(
     Raises `UserError`: no such folder, no images, a file without its partner, two files or datasets of one name.
     """
     patterns = None if images is None and masks is None else {"images": images, "masks": masks}
-    given = [one for one in (data, csv, patterns) if one is not None]
+    given: list[Any] = [one for one in (data, csv, patterns) if one is not None]
     if len(given) != 1:
         raise UserError("list_pairs: give one of data, csv, and images with masks")
     roots = [find_set(one) for one in (given[0] if isinstance(given[0], (list, tuple)) else given)]

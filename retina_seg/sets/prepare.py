@@ -187,8 +187,8 @@ def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
         for image in images.values():
             for kind in KINDS[1:]:
                 wanted = re.compile(getattr(raw, kind).format(**image.groups), re.IGNORECASE)
-                if key := next(filter(wanted.fullmatch, inside), None):
-                    image.files[kind] = inside[key]
+                if own := next(filter(wanted.fullmatch, inside), None):
+                    image.files[kind] = inside[own]
     found = {root: images for root, images in found.items() if any("mask" in i.files for i in images.values())}
     top = min((root.count("/") for root in found), default=0)
     return {root: list(images.values()) for root, images in found.items() if root.count("/") == top}
@@ -198,7 +198,8 @@ def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[li
     """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
     raw = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
     train, test = ([image.files for image in raw if image.part == part] for part in ("train", "test"))
-    return tuple(([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
+    first, second = (([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
+    return first, second
 
 
 def augment_data(
