@@ -98,13 +98,13 @@ def _discs(contrast: np.ndarray) -> list[_Disc]:
 
 def _discs_above(contrast: np.ndarray, threshold: float, floor: float) -> list[_Disc]:
     """The discs that the lit parts show, the largest first; none of less than half the largest one's area."""
-    lit, whole, contrast = (contrast > threshold).astype(np.uint8), contrast, contrast.copy()
-    views = [np.rot90(lit, turn) for turn in range(4)]
+    above, whole, contrast = (contrast > threshold).astype(np.uint8), contrast, contrast.copy()
+    views = [np.rot90(above, turn) for turn in range(4)]
     bars = [int((view.sum(axis=1, dtype=int) <= 0.9 * view.shape[1]).argmax()) for view in views]
     for turn, bar in enumerate(bars):  # full rows or columns from a side of the frame on
         views[turn][:bar] = np.rot90(contrast, turn)[:bar] = 0
-    lit = cv2.morphologyEx(lit, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))  # letters and specks beside the disc
-    grid, discs, least = np.ogrid[: lit.shape[0], : lit.shape[1]][::-1], [], 0.05 * lit.size
+    lit = cv2.morphologyEx(above, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))  # letters and specks beside the disc
+    grid, discs, least = np.ogrid[: lit.shape[0], : lit.shape[1]][::-1], list[_Disc](), 0.05 * lit.size
     for _ in range(16):
         _, labels, stats, _ = cv2.connectedComponentsWithStats(lit, connectivity=4)
         area = stats[1:, cv2.CC_STAT_AREA].max(initial=0)

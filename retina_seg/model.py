@@ -167,8 +167,8 @@ class ResidualBlock(nn.Module):
 class FinePath(nn.Sequential):
     """Convolutions at full resolution: features (N, F, H, W) and image (N, 3, H, W) -> logits (N, styles, H, W)."""
 
-    def forward(self, features: Tensor, image: Tensor) -> Tensor:
-        return super().forward(torch.cat([features, image], dim=1))
+    def forward(self, *parts: Tensor) -> Tensor:
+        return super().forward(torch.cat(parts, dim=1))
 
 
 class FastAttentionUNet(nn.Module):
@@ -198,7 +198,7 @@ class FastAttentionUNet(nn.Module):
     ) -> None:
         super().__init__()
         w1, w2, w3 = width, 2 * width, deepest
-        self.unshuffle = nn.PixelUnshuffle(2)
+        self.unshuffle: nn.Module = nn.PixelUnshuffle(2)
         self.stem = _conv_norm_relu(12, w1, bias=False)
         self.e1 = ResidualBlock(w1)
         self.down1 = _conv_norm_relu(w1, w2, bias=False)
@@ -212,9 +212,9 @@ class FastAttentionUNet(nn.Module):
         self.ag2 = AttentionGate([w2, w1], w1, query_kernel=1)
         self.d2 = ResidualBlock(w1)
         self.head = nn.Conv2d(w1, 4 * (fine or styles), 3, padding=1)
-        self.shuffle = nn.PixelShuffle(2)
+        self.shuffle: nn.Module = nn.PixelShuffle(2)
         last = nn.Conv2d(fine, styles, 3, padding=1) if fine else None
-        self.fine = FinePath(_conv_norm_relu(fine + 3, fine, bias=False), last) if fine else None
+        self.fine = FinePath(_conv_norm_relu(fine + 3, fine, bias=False), last) if last else None
 
     def forward(self, x: Tensor) -> Tensor:
         check_multiple(x, self.stride)
@@ -228,7 +228,8 @@ class FastAttentionUNet(nn.Module):
 
     def mix_styles(self, shares: Sequence[Sequence[float]]) -> None:
         """Replace the styles' logits by sums of them, one for each row of `shares`: the last convolution is linear."""
-        last, mixed = self.head if self.fine is None else self.fine[-1], torch.tensor(shares)
+        last: Any = self.head if self.fine is None else self.fine[-1]
+        mixed = torch.tensor(shares)
         for name in ("weight", "bias"):
             values = getattr(last, name).detach().unflatten(0, (mixed.shape[1], 4 if self.fine is None else 1))
             setattr(last, name, nn.Parameter(torch.tensordot(mixed, values, dims=1).flatten(0, 1)))

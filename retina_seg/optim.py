@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,30 +62,30 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": part, "muon": muon} for muon, part in groups.items() if part], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Change the weights by their gradients; a parameter without one stays as it is."""
+    def step(self, closure: Any = None) -> Any:
+        """Change the weights by their gradients; a parameter without one stays as it is. No closure is called."""
         for group in self.param_groups:
             change = self._muon if group["muon"] else self._adam
             for value in group["params"]:
                 if value.grad is not None:
                     value.mul_(1 - group["lr"] * group["weight_decay"])
-                    value.add_(change(value, group), alpha=-group["lr"])
+                    value.add_(change(value, value.grad, group), alpha=-group["lr"])
 
-    def _muon(self, value: nn.Parameter, group: dict) -> Tensor:
+    def _muon(self, value: nn.Parameter, grad: Tensor, group: dict) -> Tensor:
         state, momentum = self.state[value], group["momentum"]
         if not state:
             state["momentum"] = torch.zeros_like(value)
-        mean = state["momentum"].lerp_(value.grad, 1 - momentum)
-        matrix = value.grad.lerp(mean, momentum).flatten(1)
+        mean = state["momentum"].lerp_(grad, 1 - momentum)
+        matrix = grad.lerp(mean, momentum).flatten(1)
         return (orthogonalized(matrix) * (0.2 * math.sqrt(max(matrix.shape)))).view_as(value)
 
-    def _adam(self, value: nn.Parameter, group: dict) -> Tensor:
+    def _adam(self, value: nn.Parameter, grad: Tensor, group: dict) -> Tensor:
         state, (first, second) = self.state[value], group["betas"]
         if not state:
             state.update(step=0, mean=torch.zeros_like(value), square=torch.zeros_like(value))
         state["step"] += 1
-        mean = state["mean"].lerp_(value.grad, 1 - first)
-        square = state["square"].lerp_(value.grad.square(), 1 - second)
+        mean = state["mean"].lerp_(grad, 1 - first)
+        square = state["square"].lerp_(grad.square(), 1 - second)
         root = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
         return mean / (1 - first ** state["step"]) / root
 

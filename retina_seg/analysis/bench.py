@@ -74,7 +74,7 @@ def bench(
     network = build_model("attention_unet") if original is None else load_model(original)[0]
     if not isinstance(network, AttentionUNet):
         raise UserError(f"--original {original}: is not the original's network; train one with --preset notebook")
-    how, load = [{"device": where, "precision": precision} for where in devices], Segmenter.load
+    how, load = [dict[str, Any](device=where, precision=precision) for where in devices], Segmenter.load
     machines = [{SAME: Segmenter(network, **h), "fast": load(fast, **h), "tiny": load("tiny", **h)} for h in how]
     pairs = [] if data is None else list_pairs(data, "test")
     rows: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def measure(task: Task, of: Segmenter, rounds: int, progress: bool) -> list[dict
     title, images, calls, baseline = task
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         timers: dict[str, Callable[[], float]] = {BASELINE: lambda: process.submit(timed, baseline).result()}
-        timers |= {name: partial(timed, lambda call=call: call) for name, call in calls.items()}
+        timers |= {name: partial(timed, partial(calls.__getitem__, name)) for name in calls}
         seconds: dict[str, list[float]] = {name: [] for name in timers}
         for name in tqdm(list(timers) * (rounds + 1), f"{title}, {of.device}", disable=not progress):
             seconds[name].append(timers[name]() / images)
@@ -163,7 +163,7 @@ def step(segmenters: Segmenters, size: int) -> Task:
 
     for name, preset in {SAME: "notebook", "fast": "fast", "tiny": "tiny"}.items():
         model, config = copy.deepcopy(segmenters[name].model), TrainConfig.from_preset(preset)
-        model = model.to(same.device, memory_format=training_layout(same.device, same.precision))
+        model = model.to(same.device, memory_format=training_layout(same.device, same.precision))  # type: ignore[call-overload]
         calls[name] = partial(once, model, make_optimizer(model, config), config.clip)
     baseline = partial(baseline_step, same.model, images, masks, same.device)
     return "training step, an image", 2, {KEPT: baseline(), **calls}, baseline
@@ -188,7 +188,7 @@ def baseline_step(network: nn.Module, images: torch.Tensor, masks: torch.Tensor,
 
 def whole_test(segmenters: Segmenters, pairs: list[Pair], scratch: Path) -> Task:
     """A whole test, files to scores and images (more of both where optimised)."""
-    calls = {
+    calls: dict[str, Call] = {
         name: partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
         for name, segmenter in segmenters.items()
     }
@@ -203,10 +203,11 @@ def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: t
     # zero_division: the same 0 as by default, without a warning
     four = [partial(score, zero_division=0) for score in (jaccard_score, f1_score, recall_score, precision_score)]
     network = copy.deepcopy(network).to(device).eval()
+    read: Any = cv2.imread
 
     def scores_of(pair: Pair) -> list[float]:
-        image = cv2.resize(cv2.imread(str(pair.image), cv2.IMREAD_COLOR), (512, 512))
-        mask = cv2.resize(cv2.imread(str(pair.mask), cv2.IMREAD_GRAYSCALE), (512, 512))
+        image = cv2.resize(read(str(pair.image), cv2.IMREAD_COLOR), (512, 512))
+        mask = cv2.resize(read(str(pair.mask), cv2.IMREAD_GRAYSCALE), (512, 512))
         x = torch.from_numpy(np.transpose(image, (2, 0, 1))[None].astype(np.float32) / 255).to(device)
         with torch.no_grad():
             probability = torch.sigmoid(network(x)).cpu().numpy()

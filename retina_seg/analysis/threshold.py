@@ -31,7 +31,7 @@ def held_out_folds(runs: Sequence[str | Path], data: str | Path) -> list[Fold]:
 
     Raises `UserError`: a run held out nothing, or an image that another run has held out too.
     """
-    folds = [(run, held_out_pairs(run, data)) for run in runs]
+    folds: list[Fold] = [(run, held_out_pairs(run, data)) for run in runs]
     for (run, pairs), (other, others) in combinations(folds, 2):
         if both := {pair.name for pair in pairs} & {pair.name for pair in others}:
             remedy = "give the folds of one draw (train --fold 0, 1, …)"
@@ -85,7 +85,7 @@ def threshold(
     write_csv(folder / "thresholds.csv", ["threshold", *SCORES], rows.values())
     title = f"{sum(len(pairs) for _, pairs in folds)} held-out images, {protocol}, {region}"
     title += ", TTA" if options.get("tta") else ""
-    lines = {name: (THRESHOLDS, curves[name]) for name in SCORES}
+    lines: dict[str, Any] = {name: (THRESHOLDS, curves[name]) for name in SCORES}
     marks = {f"{CHOICES[name]}: {cut:.2f}": cut for name, cut in chosen.items()}
     chart = visualize.line_chart(lines, "threshold", "mean over images", marks, title=title)
     visualize.save_figure(folder / "thresholds.png", chart)

@@ -8,6 +8,7 @@ products are fused with convolutions: they are taken while the convolution's res
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,12 @@ def inference_network(model: nn.Module, device: torch.device, precision: torch.d
     are fused (`fuse_convolutions`) where torch can do so with the same result.
     """
     network = copy.deepcopy(model).eval()
-    own = isinstance(network, (AttentionUNet, FastAttentionUNet))
-    network = (fold_batch_norm(network) if own else network).to(device, precision, memory_format=torch.channels_last)
-    if device.type != "cpu" or not own:
+    own = model if isinstance(model, (AttentionUNet, FastAttentionUNet)) else None
+    network = (fold_batch_norm(network) if own else network).to(device, precision, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if device.type != "cpu" or own is None:
         return network
     fused = fuse_convolutions(copy.deepcopy(network))
-    return fused if _same_on_noise(fused, network, model.stride, precision) else network
+    return fused if _same_on_noise(fused, network, own.stride, precision) else network
 
 
 @torch.inference_mode()
@@ -82,7 +83,7 @@ class FusedConv(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.settings = (list(c.padding), list(c.stride), list(c.dilation), c.groups)
         self.activation = activation
-        self.after = (1.0, None if activation == "none" else activation, [], None)  # of a second tensor
+        self.after: tuple = (1.0, None if activation == "none" else activation, [], None)  # of a second tensor
 
     def forward(self, x: Tensor) -> Tensor:
         operation = torch.ops.mkldnn._convolution_pointwise
@@ -125,9 +126,10 @@ class FusedGate(nn.Module):
 
     def __init__(self, gate: AttentionGate) -> None:
         super().__init__()
-        query, value = gate.Wg[0], gate.Wv[0]
-        self.query, self.key = FusedConv(query), FusedConv(gate.Ws[0], "relu")
-        self.weights, self.value = FusedConv(gate.output[0], "sigmoid"), FusedConcatConv(value, query.in_channels)
+        convolutions: list[Any] = [gate.Wg[0], gate.Ws[0], gate.output[0], gate.Wv[0]]
+        query, key, weights, value = convolutions
+        self.query, self.key = FusedConv(query), FusedConv(key, "relu")
+        self.weights, self.value = FusedConv(weights, "sigmoid"), FusedConcatConv(value, query.in_channels)
 
     def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
         weights = self.weights(self.key.times(skip, self.query(gate)))
@@ -140,8 +142,9 @@ class FusedFinePath(nn.Module):
 
     def __init__(self, path: FinePath) -> None:
         super().__init__()
-        first = path[0][0]
-        self.first, self.last = FusedConcatConv(first, first.in_channels - 3, "relu"), FusedConv(path[1])
+        layers: Any = path
+        first, last = layers[0][0], layers[1]
+        self.first, self.last = FusedConcatConv(first, first.in_channels - 3, "relu"), FusedConv(last)
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         return self.last(self.first(features, image))
@@ -176,7 +179,8 @@ def fuse_convolutions(model: nn.Module) -> nn.Module:
     Their operation is private to torch and may change: `inference_network` tries the result before it is used.
     """
     if isinstance(model, FastAttentionUNet):
-        stem, head = model.stem[0], model.head
+        convolutions: list[Any] = [model.stem[0], model.head]
+        stem, head = convolutions
         order = shuffle_order(head.out_channels)
         stem.weight = nn.Parameter(stem.weight[:, shuffle_order(stem.in_channels)])
         head.weight, head.bias = nn.Parameter(head.weight[order]), nn.Parameter(head.bias[order])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,9 +59,10 @@ def export(weights: str | Path, output: str | Path, style: str | None = None) ->
 
 def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
     """What a program needs to use the network, text by name; sizes in pixels. `weights` is its `checkpoint.weights_id`."""
-    frame, stride = segmenter.frame, segmenter.model.stride
+    frame = segmenter.frame
+    stride: Any = segmenter.model.stride
     if isinstance(frame, ResizeFrame):
-        sizes = {"height": frame.height, "width": frame.width}
+        sizes: dict[str, object] = {"height": frame.height, "width": frame.width}
     else:  # "margin" is of black around the box of the field of view
         largest = frame.largest_diameter or frame.fov_diameter
         sizes = {"fov_diameter": frame.fov_diameter, "largest_diameter": largest, "margin": frame.margin * stride}
@@ -83,7 +85,7 @@ def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _onnx_file(network: nn.Module, values: dict[str, str]) -> bytes:
+def _onnx_file(network: Any, values: dict[str, str]) -> bytes:
     """The content of the ONNX file of `network` and a sigmoid, with `values` as its metadata."""
     try:
         import onnx
@@ -95,7 +97,7 @@ def _onnx_file(network: nn.Module, values: dict[str, str]) -> bytes:
     free = {0: dim("images"), 2: stride * dim("rows"), 3: stride * dim("columns")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one package on another's version
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             nn.Sequential(network.to(memory_format=torch.contiguous_format), nn.Sigmoid()).eval(),
             (torch.zeros(2, 3, 8 * stride, 6 * stride),),
             dynamo=True,  # the exporter by tracing is to be removed from torch
@@ -113,7 +115,7 @@ def _onnx_file(network: nn.Module, values: dict[str, str]) -> bytes:
     return model.SerializeToString()
 
 
-def _difference(content: bytes, network: nn.Module) -> float:
+def _difference(content: bytes, network: Any) -> float:
     """The largest difference between onnxruntime's and torch's probabilities; NaN where onnxruntime's are."""
     import onnxruntime
 

@@ -193,9 +193,9 @@ def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Tip]:
                 course = arcade * [1, up * rng.uniform(0.82, 1.18)]
                 course += rng.normal([0, 0.05 * up if artery else -0.03 * up], 0.05, arcade.shape)
                 radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
-                start = rng.normal([x0, y0], 0.022).tolist()
+                x, y = rng.normal([x0, y0], 0.022).tolist()
                 heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
-                yield _Tip(artery, *start, heading, radius, [eye.place(*point) for point in course.tolist()])
+                yield _Tip(artery, x, y, heading, radius, [eye.place(*point) for point in course.tolist()])
     for outward in (1, 1, 1, -1, -1):
         heading = (0 if outward == eye.temporal else math.pi) + rng.uniform(-1, 1)
         yield _Tip(bool(rng.random() < 0.5), x0, y0, heading, rng.uniform(0.0045, 0.007))
@@ -317,8 +317,8 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
     # The nerve fibres' silvery sheen: fine rays from the disc, strongest above and below it.
     dx, dy = x - eye.disc[0], y - eye.disc[1]
     angle, far = np.arctan2(dy, dx), np.hypot(dx, dy)
-    rays = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
-    rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), rays).astype(np.float32)
+    waves = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
+    rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), waves).astype(np.float32)
     sheen = rng.uniform(0.0, 0.5) * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2))
     red, green, blue = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66])).tolist()
     red = red * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen)
@@ -350,8 +350,8 @@ def _paint_lesions(rng: np.random.Generator, eye: _Eye, colour: np.ndarray) -> N
             axes = np.rint(np.maximum(rng.gamma(3, size / 3, 2) * eye.radius * 16, 8)).astype(int).tolist()
             cv2.ellipse(spots, at, axes, rng.uniform(0, 180), 0, 360, strength, -1, cv2.LINE_8, 4)
         if count:
-            spots = cv2.GaussianBlur(spots, (0, 0), max(0.6, 0.003 * eye.radius))
-            colour *= 1 + spots[..., None] * np.array(tint, np.float32)
+            soft = cv2.GaussianBlur(spots, (0, 0), max(0.6, 0.003 * eye.radius))
+            colour *= 1 + soft[..., None] * np.array(tint, np.float32)
 
 
 def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.ndarray) -> np.ndarray:
@@ -371,4 +371,5 @@ def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.nda
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     """`image` (H, W, 3) uint8 RGB after JPEG compression of `quality`, 1 to 100."""
     code = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return cv2.cvtColor(cv2.imdecode(code, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    decoded: Any = cv2.imdecode(code, cv2.IMREAD_COLOR)
+    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
