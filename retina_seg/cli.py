@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retina_seg import __version__
-from retina_seg.config import GROUPS, PRECISIONS, PRESETS, TrainConfig
+from retina_seg.arguments import argument, build_parser, command, given_options
+from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
 from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError, user_path
@@ -88,84 +87,6 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-Argument = tuple[str, dict[str, Any]]  # a name, and what `add_argument` takes with it
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str, tuple[Argument, ...]]] = {}
-
-
-def command(summary: str, example: str, *arguments: Argument) -> Callable[[Any], Any]:
-    """Registers the function below as a command: its help, an example, its arguments."""
-
-    def register(call: Any) -> Any:
-        COMMANDS[call.__name__.strip("_")] = (call, summary, example, arguments)
-        return call
-
-    return register
-
-
-def argument(name: str, help: str, default: Any = None, **more: Any) -> Argument:
-    """An argument of a command: its help names its default, whose type it has."""
-    if default is not None:
-        more |= {"default": default, "type": type(default)}
-        help += f" (default: {default})"
-    return name, {"help": help, **more}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    about = "Retinal vessel segmentation: a light U-Net with two attention gates. Not a medical device."
-    parser = argparse.ArgumentParser("retina-seg", description=about)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    modules = "import this module first, which registers own networks and losses (register_model, register_loss)"
-    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=modules)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    presets = "\n".join(["", "presets:", *(f"  {name:<10}{preset.summary}" for name, preset in PRESETS.items())])
-    for name, (call, summary, example, arguments) in COMMANDS.items():
-        trains = name in ("run", "train")
-        one = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + "." + ("\n" + presets if trains else ""),
-            epilog=f"example: retina-seg {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        one.set_defaults(call=call)
-        for argument_name, how in arguments:
-            one.add_argument(argument_name, **how)
-        if trains:
-            _add_config_options(one)
-    return parser
-
-
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of `TrainConfig` that has a help text, in its groups."""
-    group: Any = parser
-    for item in (field for field in dataclasses.fields(TrainConfig) if field.metadata):
-        if item.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[item.name])
-        kind, choices = item.metadata["kind"], item.metadata["choices"] or None
-        group.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=json.loads if kind is dict else kind,
-            choices=choices,
-            metavar=None if choices else {dict: "JSON", int: "N", float: "X", str: "NAME"}[kind],
-            help=f"{item.metadata['help']} (default: {_default_text(item.name)})".replace("%", "%%"),
-        )
-
-
-def _default_text(name: str) -> str:
-    """The presets' values of a field: one where all agree, else the commonest first."""
-    values = {preset: getattr(TrainConfig.from_preset(preset), name) for preset in PRESETS}
-    shown = {preset: "not set" if value is None else json.dumps(value).strip('"') for preset, value in values.items()}
-    usual = max(shown.values(), key=list(shown.values()).count)
-    return ", ".join([usual, *(f"{preset} {value}" for preset, value in shown.items() if value != usual)])
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options called `names` that are set; without names, those of `TrainConfig`."""
-    names = names or tuple(item.name for item in dataclasses.fields(TrainConfig) if item.metadata)
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
 PATTERNS = (
     argument("--images", 'instead: a pattern in quotes, as "training/images/*.tif"', nargs="+", metavar="PATTERN"),
     argument("--masks", 'and their masks, as "training/1st_manual/*.gif"', nargs="+", metavar="PATTERN"),
@@ -177,7 +98,7 @@ DATA = (argument("--data", f"{FOLDER} (default: Data1)"), *PATTERNS)
 
 def _data(options: argparse.Namespace, default: Any = "Data1") -> Any:
     """The dataset by --data, --pairs, or --images and --masks."""
-    given = _given(options, "data", "pairs", "images", "masks")
+    given = given_options(options, "data", "pairs", "images", "masks")
     if ("images" in given) != ("masks" in given):
         raise UserError("--images and --masks: give both, or --data")
     if len(given) - ("images" in given) > 1:
@@ -231,12 +152,12 @@ def _predict(options: argparse.Namespace) -> int:
     from retina_seg.runs import remarks
 
     path = find_weights(options.weights).resolve()
-    choices = _given(options, "threshold", "working_size", "tta", "style")
+    choices = given_options(options, "threshold", "working_size", "tta", "style")
     shown = {**choices, "precision": options.precision.replace("auto", "")}
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
     made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
     with process_group() as world:
-        how = _given(options, "output", "overwrite", "save")
+        how = given_options(options, "output", "overwrite", "save")
         plan = plan_images(options.images, made_with=" ".join(made_with), **how)
         if not options.dry_run:
             load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
@@ -273,7 +194,7 @@ def _run(options: argparse.Namespace) -> None:
     from retina_seg.test import original_lines, table, test
     from retina_seg.train import fit
 
-    TrainConfig.from_preset(options.preset or "fast", **_given(options)).check()  # before a set is written
+    TrainConfig.from_preset(options.preset or "fast", **given_options(options)).check()  # before a set is written
     folder, synthetic = data_or_synthetic(data := _data(options))
     if synthetic:
         _say(f"{data} holds no images yet: using synthetic ones in {folder} (real ones: --data, or retina-seg prepare)")
@@ -282,7 +203,7 @@ def _run(options: argparse.Namespace) -> None:
     _say(f"{folder}: {len(training)} training and {len(tested)} test images")
     preset = options.preset or ("quick" if synthetic else "fast")
     chosen = folder if isinstance(folder, dict) else str(folder)
-    changes = {**_given(options), "data": chosen, "output": str(free_folder(options.output))}
+    changes = {**given_options(options), "data": chosen, "output": str(free_folder(options.output))}
     run = fit(TrainConfig.from_preset(preset, **changes))
     value = test(run.folder, folder, run.folder)
     print(table(value))
@@ -303,9 +224,9 @@ def _train(options: argparse.Namespace) -> None:
     from retina_seg.distributed import process_group
     from retina_seg.train import fit
 
-    if len(source := _given(options, "preset", "config", "resume")) > 1:
+    if len(source := given_options(options, "preset", "config", "resume")) > 1:
         raise UserError(f"--{' and --'.join(source)}: give one of them")
-    changes = {**_given(options), **_given(options, "output")}
+    changes = {**given_options(options), **given_options(options, "output")}
     if data := _data(options, default=None):
         changes["data"] = data[0] if isinstance(data, list) and len(data) == 1 else data
     if options.resume:
@@ -350,7 +271,7 @@ def _test(options: argparse.Namespace) -> None:
         raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out images")
     names = (options.run, options.protocol, options.part, options.tta, options.working_size, options.style)
     output = options.output or default_output(*names)
-    how = _given(options, "protocol", "threshold", "part", *EXACT_NAMES)
+    how = given_options(options, "protocol", "threshold", "part", *EXACT_NAMES)
     value = test(options.run or options.checkpoint, _data(options), output, **how)
     print(table(value))
     written = f"written to {output}: metrics.json, metrics.csv, contact_sheet.png, curves_test.png, images/"
@@ -381,7 +302,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _threshold(options: argparse.Namespace) -> None:
     from retina_seg.analysis.threshold import threshold
 
-    how = _given(options, "output", "protocol", *EXACT_NAMES)
+    how = given_options(options, "output", "protocol", *EXACT_NAMES)
     _say(*threshold(options.runs, _data(options), **how))
     _say(f"written to {options.output}: thresholds.csv, thresholds.png")
 
@@ -399,7 +320,7 @@ def _threshold(options: argparse.Namespace) -> None:
 def _degrade(options: argparse.Namespace) -> None:
     from retina_seg.analysis.degrade import degrade
 
-    how = _given(options, "output", "part", "threshold", *EXACT_NAMES)
+    how = given_options(options, "output", "part", "threshold", *EXACT_NAMES)
     _say(*degrade(options.weights, _data(options), **how))
     _say(f"written to {options.output}: degrade.csv, degrade.png")
 
@@ -483,5 +404,5 @@ def _bench(options: argparse.Namespace) -> None:
     from retina_seg.analysis.bench import bench, table
 
     how = ("output", "rounds", "images", "size", "original", "fast", "data", "device", "precision")
-    value = bench(**_given(options, *how))
+    value = bench(**given_options(options, *how))
     _say(*table(value), f"written to {options.output}: bench.json")

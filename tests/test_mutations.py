@@ -17,7 +17,9 @@ from retina_seg.sets.check import check_set
 from retina_seg.sets.synthetic import synthetic_image
 
 BATCH = 250
-UNREADABLE = r"is not an image|is a TIFF of a kind|is damaged or cut short|has 32 bits|pixels are more than|has more than|is too large"
+UNREADABLE = (
+    r"is not an image|is a TIFF of a kind|is damaged or cut short|pixels are more than|has more than|is too large"
+)
 # ending -> how Pillow is to write it; several ways for what has several decoders
 FORMATS = (
     ("png", {"format": "PNG"}),

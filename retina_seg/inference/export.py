@@ -17,6 +17,7 @@ from torch import nn
 from retina_seg import __version__
 from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.inference.segmenter import Segmenter, image_batch
+from retina_seg.model import DEFAULT_STRIDE
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.styles import AUTO
 from retina_seg.transforms import NORMAL_MEAN, NORMAL_SPREAD, ResizeFrame
@@ -60,7 +61,7 @@ def export(weights: str | Path, output: str | Path, style: str | None = None) ->
 def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
     """What a program needs to use the network, text by name; sizes in pixels. `weights` is its `checkpoint.weights_id`."""
     frame = segmenter.frame
-    stride: Any = segmenter.model.stride
+    stride: Any = getattr(segmenter.model, "stride", DEFAULT_STRIDE)
     if isinstance(frame, ResizeFrame):
         sizes: dict[str, object] = {"height": frame.height, "width": frame.width}
     else:  # "margin" is of black around the box of the field of view
@@ -93,7 +94,7 @@ def _onnx_file(network: Any, values: dict[str, str]) -> bytes:
         import onnxscript  # noqa: F401  (for torch's exporter)
     except ImportError as error:
         raise UserError(f"export needs more packages ({error}); {INSTALL}") from None
-    dim, stride = torch.export.Dim, network.stride
+    dim, stride = torch.export.Dim, getattr(network, "stride", DEFAULT_STRIDE)
     free = {0: dim("images"), 2: stride * dim("rows"), 3: stride * dim("columns")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one package on another's version
@@ -122,7 +123,8 @@ def _difference(content: bytes, network: Any) -> float:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     differences = []
     for count, rows, columns in CHECKED_SIZES:
-        images = [synthetic_image(i, rows * network.stride, columns * network.stride).image for i in range(count)]
+        stride = getattr(network, "stride", DEFAULT_STRIDE)
+        images = [synthetic_image(i, rows * stride, columns * stride).image for i in range(count)]
         batch = torch.cat([image_batch(image, torch.device("cpu")) for image in images])
         with torch.inference_mode():
             expected = torch.sigmoid(network(batch)).numpy()
