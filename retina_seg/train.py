@@ -247,6 +247,8 @@ def fit(
         world.barrier()
         if resume:
             loop.load()
+            if config.epochs < (done := loop.state["epoch"]):
+                raise UserError(f"--epochs {config.epochs}: {folder} has trained for {done}; give more")
         if world.is_main and not (resume and TrainConfig.from_json(folder / "config.json").epochs == config.epochs):
             loop.describe()
     progress = progress and world.is_main

@@ -1,6 +1,7 @@
 """Checkpoints in and out; a training that is stopped, killed or runs out of room goes on as if nothing had been."""
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import torch
 from conftest import shaken
 from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
-from retina_seg import checkpoint
+from retina_seg import checkpoint, cli
 from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, find_weights, load_last, load_model, save_last, save_model
 from retina_seg.config import TrainConfig
 from retina_seg.model import MODELS, AttentionUNet, build_model
@@ -333,3 +334,16 @@ def test_wrapped_keys_of_a_checkpoint_load_and_weights_alone_are_said_to_lack_th
     torch.save(whole, tmp_path / "wrapped.pth")
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(load_model(tmp_path / "wrapped.pth")[0](x), load_model("tiny")[0](x))
+
+
+def test_more_epochs_go_on_after_the_end_and_fewer_are_refused(tiny_set, tmp_path):
+    config = config_of("fov", tiny_set, tmp_path / "run", preset="fast")
+    first = fit(dataclasses.replace(config, epochs=1), progress=False)
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
+    history = load_last(tmp_path / "run")["state"]["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert history[0]["train_loss"] == first.history[0]["train_loss"]
+    assert TrainConfig.from_json(tmp_path / "run/config.json").epochs == 3
+    with pytest.raises(UserError, match="--epochs 2: .*run has trained for 3; give more"):
+        go_on(dataclasses.replace(config, epochs=2))
+    assert TrainConfig.from_json(tmp_path / "run/config.json").epochs == 3
