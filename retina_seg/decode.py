@@ -109,7 +109,7 @@ def _tiff(file: BinaryIO) -> Frame:
     if tags.get(254, 0) & 1:  # it calls itself the reduced version of another image
         raise UserError("holds only a preview, as a camera's raw file does; export it as PNG or TIFF")
     samples, photometric = np.atleast_1d(tags.get(258, 1)), tags.get(262)
-    if photometric in (0, 1) and len(samples) > 2:
+    if photometric in (0, 1) and len(samples) in (3, 4):
         raise UserError(f"calls its {len(samples)} samples a pixel grey; save it as RGB")
     bits, unsigned = int(samples.max()), np.all(np.atleast_1d(tags.get(339, 1)) == 1)
 
