@@ -69,9 +69,7 @@ def remarks(name: str | Path) -> list[str]:
     checkpoint = load_checkpoint(path := find_weights(name))
     what = unfinished(path, checkpoint.get("epoch"))
     if checkpoint["format"] is None and checkpoint["model"] != "attention_unet":
-        what = (
-            "weights alone: the frame they were trained in is not known, 512x512 is assumed; give the whole checkpoint"
-        )
+        what = "weights alone, whose frame is not known: 512x512 is assumed; give the whole checkpoint"
     return [f"note: {path}: {what}"] if what else []
 
 
