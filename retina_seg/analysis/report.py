@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], output: str | Path, previews
         if name not in previews or not previews[name].is_file():
             return None
         if len(rows) > EMBEDDED:
-            return quote(previews[name].relative_to(output).as_posix())
+            return quote(os.fsencode(previews[name].relative_to(output)))  # a name may be no valid text
         return "data:image/jpeg;base64," + base64.b64encode(previews[name].read_bytes()).decode()
 
     names = [name for name in dict.fromkeys((*FIRST, *(name for row in rows for name in row))) if name not in HIDDEN]
