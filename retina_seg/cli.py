@@ -118,6 +118,7 @@ PROTOCOL = (
     "field of view"
 )
 RUNS = argument("runs", "folders of runs", nargs="+", metavar="RUN")
+PIXEL_SIZE = argument("--pixel-size", "micrometres a pixel, for measures in micrometres", type=float)
 STYLE = argument("--style", "label style: auto, fine, balanced, bold or a dataset's name (default: the checkpoint's)")
 NETWORK = (
     argument("--working-size", "scale to this field-of-view diameter, pixels (default: the checkpoint's)", type=int),
@@ -323,6 +324,34 @@ def _degrade(options: argparse.Namespace) -> None:
     how = given_options(options, "output", "part", "threshold", *EXACT_NAMES)
     _say(*degrade(options.weights, _data(options), **how))
     _say(f"written to {options.output}: degrade.csv, degrade.png")
+
+
+@command(
+    "measure vessel masks: area and length density, calibre, branch points, tortuosity, fractal dimension",
+    "measure vessels/ --output table.csv --pixel-size 7.5",
+    argument(
+        "masks", "masks, or folders with all below them; of predict's output the vessels", nargs="+", metavar="MASKS"
+    ),
+    argument("--output", "the table, a row a mask; its name ends in .csv", required=True),
+    PIXEL_SIZE,
+    argument("--discs", "table of optic discs, for zones B and C: name, x, y, diameter in pixels", metavar="TABLE"),
+    argument(
+        "--fov", "folder of fields of view (default: <name>_fov.png beside a mask, else the frame)", metavar="FOLDER"
+    ),
+    argument(
+        "--against", "other masks of the same images: ICC(2,1), bias and limits of agreement", metavar="OTHER_MASKS"
+    ),
+)
+def _measure(options: argparse.Namespace) -> int:
+    from retina_seg.analysis.measure_masks import DONE, agreement_lines, measure_masks
+
+    how = given_options(options, "output", "pixel_size", "discs", "fov", "against")
+    rows, agreement = measure_masks(options.masks, **how)
+    failed = [row for row in rows if row["status"] != DONE]
+    for row in failed:
+        _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    _say(*agreement_lines(agreement), f"{len(rows) - len(failed)} measured, {len(failed)} failed: {options.output}")
+    return int(bool(failed))
 
 
 @command(
