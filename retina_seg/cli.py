@@ -139,6 +139,8 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("--save", "any of masks,probability,overlay,fov", "masks,probability,overlay", metavar="NAMES"),
     argument("--dry-run", "say what would be done, write nothing (default: off)", action="store_true"),
     argument("--jobs", "images at once (default: up to 4, by processor cores)", type=int),
+    argument("--measure", "add measures of the vessels to the summaries (default: off)", action="store_true"),
+    PIXEL_SIZE,
     WEIGHTS,
     argument("--overwrite", "segment again what is done (default: skip it)", action="store_true"),
     THRESHOLD,
@@ -152,9 +154,12 @@ def _predict(options: argparse.Namespace) -> int:
     from retina_seg.inference.segmenter import Segmenter
     from retina_seg.runs import remarks
 
+    if options.pixel_size is not None and not options.measure:
+        raise UserError("--pixel-size is for measures; add --measure")
     path = find_weights(options.weights).resolve()
+    measures = {"measure": options.measure, "pixel_size": options.pixel_size}
     choices = given_options(options, "threshold", "working_size", "tta", "style")
-    shown = {**choices, "precision": options.precision.replace("auto", "")}
+    shown = {**choices, "precision": options.precision.replace("auto", ""), **measures}
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
     made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
     with process_group() as world:
@@ -162,7 +167,7 @@ def _predict(options: argparse.Namespace) -> int:
         plan = plan_images(options.images, made_with=" ".join(made_with), **how)
         if not options.dry_run:
             load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
-            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world)
+            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world, **measures)
     if not world.is_main:
         return 0
     _say(*remarks(path))
@@ -174,6 +179,8 @@ def _predict(options: argparse.Namespace) -> int:
     skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
     for row in failed:
         _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    if doubtful := sum(row["gradable"] in ("doubtful", "no") for row in rows):
+        _say(f"{doubtful} doubtful or not gradable: see gradable and remark in {Path(options.output, 'summary.csv')}")
     _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
     return int(bool(failed))
 

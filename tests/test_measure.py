@@ -92,9 +92,9 @@ def test_spurs_and_crossings() -> None:
         assert (found["branch_points"], found["end_points"]) == (branches, ends)
 
 
-def test_diagonal_of_even_width() -> None:
+def test_diagonals() -> None:
     one, other = np.roll(bar(4, 45, 100), -80, axis=1), np.roll(bar(4, 135, 100), 80, axis=1)
-    assert skeletonize(one).sum() < 5  # it loses one of the two in any orientation
+    assert min(skeletonize(one).sum(), skeletonize(other).sum()) < 40  # this skeleton loses half of it
     assert measure(one | other, FOV)["length_px"] == pytest.approx(200, rel=0.02)
 
 

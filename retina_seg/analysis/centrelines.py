@@ -65,7 +65,7 @@ def at_points(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
 def _skeleton(vessels: np.ndarray, distance: np.ndarray) -> np.ndarray:
     """The skeleton by Zhang and Suen (1984); by Lee et al. (1994), slower, where theirs has lost a vessel.
 
-    Theirs eats up a diagonal line of even width from its free ends.
+    Theirs eats up some diagonal lines from their free ends.
     """
     skeleton = skeletonize(vessels)
     away = cv2.distanceTransform((~skeleton).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)

@@ -24,13 +24,6 @@ from retina_seg.fov import fov_box, fov_diameter
 SHORTEST = 0.02  # of the field's diameter: shorter pieces have no tortuosity
 ZONES = {"zone_b_": (1.0, 1.5), "zone_c_": (1.0, 2.5)}  # disc diameters from the disc's centre
 PARTS = np.rint(2 ** np.arange(2, 13, 0.5)).astype(int)  # boxes along the mask's longer side, of 2 pixels or more
-# what predict writes and the command prints, those in micrometres with a pixel size
-MAIN = (
-    *("area_pct", "length_density_per_fov", "length_density_per_mm"),
-    *(f"calibre_{what}_{unit}" for unit in ("px", "um") for what in ("mean", "median", "p10", "p90")),
-    *("branch_density_per_fov2", "end_density_per_fov2"),
-    *("tortuosity_median", "curvature2_median_per_fov2", "fractal_d0"),
-)
 Measurements = dict[str, float | None]
 Found = dict[str, tuple[float, int]]  # name -> value in pixels, NaN where undefined; power of the length in its unit
 

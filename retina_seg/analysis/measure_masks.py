@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from retina_seg.analysis.measure import MAIN, measure
+from retina_seg.analysis.measure import measure
 from retina_seg.images import IMAGE_SUFFIXES, load_mask, read_mask
-from retina_seg.inference.batch import DONE, find_images
+from retina_seg.inference.batch import DONE, MEASURES, check_pixel_size, find_images
 from retina_seg.sets.names import match_names
 from retina_seg.utils import UserError, create_dir, read_csv, user_path, write_csv
 
@@ -50,8 +50,7 @@ def measure_masks(
     output = user_path(output)
     if output.suffix.lower() != ".csv":
         raise UserError(f"--output {output}: the table's name must end in .csv")
-    if pixel_size is not None and not 0 < pixel_size < math.inf:
-        raise UserError(f"--pixel-size {pixel_size}: must be above 0 micrometres")
+    check_pixel_size(pixel_size)
     paths = _find_masks(masks)
     places = {} if discs is None else _of_images(paths, _read_discs(discs), discs)
     beside = {name: path.with_name(path.stem.removesuffix(OURS) + "_fov.png") for name, path in paths.items()}
@@ -151,10 +150,10 @@ def agreement_table(rows: list[dict], others: list[dict], measures: Sequence[str
 
 
 def agreement_lines(table: list[dict[str, Any]]) -> list[str]:
-    """The agreement on `MAIN` in the whole field, for people."""
+    """The agreement on `MEASURES` in the whole field, for people."""
     lines = [f"{'measure':<28}" + "".join(f"{name:>11}" for name in AGREEMENT[1:])]
     for row in table:
-        if row["measure"] in MAIN:
+        if row["measure"] in MEASURES:
             numbers = "".join(f"{row[name]:>11.4g}" if name in row else f"{'-':>11}" for name in AGREEMENT[1:])
             lines.append(f"{row['measure']:<28}{numbers}")
     return lines if table else []
