@@ -118,6 +118,7 @@ PROTOCOL = (
     "field of view"
 )
 RUNS = argument("runs", "folders of runs", nargs="+", metavar="RUN")
+PIXEL_SIZE = argument("--pixel-size", "micrometres a pixel, for measures in micrometres", type=float)
 STYLE = argument("--style", "label style: auto, fine, balanced, bold or a dataset's name (default: the checkpoint's)")
 NETWORK = (
     argument("--working-size", "scale to this field-of-view diameter, pixels (default: the checkpoint's)", type=int),
@@ -138,6 +139,8 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("--save", "any of masks,probability,overlay,fov", "masks,probability,overlay", metavar="NAMES"),
     argument("--dry-run", "say what would be done, write nothing (default: off)", action="store_true"),
     argument("--jobs", "images at once (default: up to 4, by processor cores)", type=int),
+    argument("--measure", "add measures of the vessels to the summaries (default: off)", action="store_true"),
+    PIXEL_SIZE,
     WEIGHTS,
     argument("--overwrite", "segment again what is done (default: skip it)", action="store_true"),
     THRESHOLD,
@@ -151,9 +154,12 @@ def _predict(options: argparse.Namespace) -> int:
     from retina_seg.inference.segmenter import Segmenter
     from retina_seg.runs import remarks
 
+    if options.pixel_size is not None and not options.measure:
+        raise UserError("--pixel-size is for measures; add --measure")
     path = find_weights(options.weights).resolve()
+    measures = {"measure": options.measure, "pixel_size": options.pixel_size}
     choices = given_options(options, "threshold", "working_size", "tta", "style")
-    shown = {**choices, "precision": options.precision.replace("auto", "")}
+    shown = {**choices, "precision": options.precision.replace("auto", ""), **measures}
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
     made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
     with process_group() as world:
@@ -161,7 +167,7 @@ def _predict(options: argparse.Namespace) -> int:
         plan = plan_images(options.images, made_with=" ".join(made_with), **how)
         if not options.dry_run:
             load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
-            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world)
+            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world, **measures)
     if not world.is_main:
         return 0
     _say(*remarks(path))
@@ -173,6 +179,8 @@ def _predict(options: argparse.Namespace) -> int:
     skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
     for row in failed:
         _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    if doubtful := sum(row["gradable"] in ("doubtful", "no") for row in rows):
+        _say(f"{doubtful} doubtful or not gradable: see gradable and remark in {Path(options.output, 'summary.csv')}")
     _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
     return int(bool(failed))
 
@@ -323,6 +331,34 @@ def _degrade(options: argparse.Namespace) -> None:
     how = given_options(options, "output", "part", "threshold", *EXACT_NAMES)
     _say(*degrade(options.weights, _data(options), **how))
     _say(f"written to {options.output}: degrade.csv, degrade.png")
+
+
+@command(
+    "measure vessel masks: area and length density, calibre, branch points, tortuosity, fractal dimension",
+    "measure vessels/ --output table.csv --pixel-size 7.5",
+    argument(
+        "masks", "masks, or folders with all below them; of predict's output the vessels", nargs="+", metavar="MASKS"
+    ),
+    argument("--output", "the table, a row a mask; its name ends in .csv", required=True),
+    PIXEL_SIZE,
+    argument("--discs", "table of optic discs, for zones B and C: name, x, y, diameter in pixels", metavar="TABLE"),
+    argument(
+        "--fov", "folder of fields of view (default: <name>_fov.png beside a mask, else the frame)", metavar="FOLDER"
+    ),
+    argument(
+        "--against", "other masks of the same images: ICC(2,1), bias and limits of agreement", metavar="OTHER_MASKS"
+    ),
+)
+def _measure(options: argparse.Namespace) -> int:
+    from retina_seg.analysis.measure_masks import DONE, agreement_lines, measure_masks
+
+    how = given_options(options, "output", "pixel_size", "discs", "fov", "against")
+    rows, agreement = measure_masks(options.masks, **how)
+    failed = [row for row in rows if row["status"] != DONE]
+    for row in failed:
+        _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    _say(*agreement_lines(agreement), f"{len(rows) - len(failed)} measured, {len(failed)} failed: {options.output}")
+    return int(bool(failed))
 
 
 @command(

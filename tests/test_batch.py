@@ -14,7 +14,7 @@ from retina_seg.checkpoint import find_weights, weights_id
 from retina_seg.fov import find_fov
 from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.inference import batch
-from retina_seg.inference.batch import COLUMNS, DONE, NUMBERS, OUTPUTS, SUMMARIES, predict_images
+from retina_seg.inference.batch import COLUMNS, DONE, MEASURES, NUMBERS, OUTPUTS, SUMMARIES, predict_images
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.transforms import FovFrame
@@ -96,7 +96,7 @@ def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_pa
     os.utime(images / "below/c.tif", (1e9, 1e9))  # another image, older than its maps
     write(images / "d.png")
     table = [COLUMNS, *(row.values() for row in read_csv(tmp_path / "out/summary.csv", COLUMNS))]
-    text = "\n".join(map(";".join, table))
+    text = "\n".join(";".join(f'"{cell}"' for cell in cells) for cells in table)
     (tmp_path / "out/summary.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet saves it
     skipped = {row["name"]: row["skipped"] for row in run(segmenter, [images], tmp_path / "out")}
     assert skipped == {"a": True, "b": False, "below/c": False, "d": False}
@@ -309,6 +309,26 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     tiny = f"tiny {weights_id(find_weights('tiny'))}"
     assert f"made with {tiny}, not {tiny} threshold=0.4; " in capsys.readouterr().err
     assert cli.main([*arguments, "--threshold", "0.4", "--tta", "--overwrite"]) == 0
-    rows = read_csv(tmp_path / "out/summary.csv", COLUMNS)
+    shown, rows = capsys.readouterr().out, read_csv(tmp_path / "out/summary.csv", COLUMNS)
     assert {row["made_with"] for row in rows if row["status"] == DONE} == {f"{tiny} threshold=0.4 tta"}
-    assert [row["remark"] for row in rows] == ["page 2 of 2", "", "", ""]
+    assert rows[0]["remark"].startswith("page 2 of 2; small: field of view of 62 pixels") and not rows[2]["remark"]
+    assert [row["gradable"] for row in rows] == ["no", "no", "", "no"] and "3 doubtful or not gradable" in shown
+
+
+def test_measures_are_columns_where_asked_for(segmenter, images, tmp_path, capsys):
+    pixels, sizes = (run(segmenter, [images], tmp_path / str(n), measure=True, pixel_size=n) for n in (None, 8.0))
+    assert [row["skipped"] for row in run(segmenter, [images], tmp_path / "None", measure=True)] == [True] * 3
+    for one, other in zip(pixels, sizes, strict=True):
+        known = {name for name in MEASURES if name in one}
+        assert {name for name in MEASURES if name in other} - known == {
+            n for n in MEASURES if n.endswith(("_um", "_mm"))
+        }
+        assert float(one["area_pct"]) == pytest.approx(float(one["vessel_percent"]), rel=1e-3)
+        assert float(other["calibre_mean_um"]) == pytest.approx(8 * float(one["calibre_mean_px"]), rel=1e-3)
+    listed = json.loads((tmp_path / "None/summary.json").read_text())
+    assert listed[0]["area_pct"] == float(pixels[0]["area_pct"])
+    with pytest.raises(UserError, match="made with .*measure"):
+        run(segmenter, [images], tmp_path / "None")
+    for options, said in ((["--pixel-size", "8"], "add --measure"), (["--measure", "--pixel-size", "0"], "above 0")):
+        assert cli.main(["predict", str(images), "--output", str(tmp_path / "new"), "--weights", "tiny", *options]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "new").exists()

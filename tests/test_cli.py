@@ -18,7 +18,7 @@ from retina_seg import cli
 from retina_seg.config import PRESETS, TrainConfig
 from retina_seg.sets.synthetic import write_set
 
-COMMANDS = "predict run train test compare threshold degrade prepare check synth export bench".split()  # noqa: SIM905
+COMMANDS = "predict run train test compare threshold degrade measure prepare check synth export bench".split()  # noqa: SIM905
 SMALL = ("--epochs", 1, "--size", 32, "--precision", "float32")
 
 

@@ -2,7 +2,8 @@
 
 The output folder mirrors the input's: `in/a/b.png` becomes, at its own size and upright, `out/a/b_probability.png`
 (16 bits, 65,535 is probability 1), `out/a/b_vessels.png` and, where asked for, `out/a/b_fov.png` (0/255),
-`out/a/b_overlay.png`, and a row of `out/summary.csv` and `out/summary.json`.
+`out/a/b_overlay.png`, and a row of `out/summary.csv` and `out/summary.json`: whether the image is gradable (`quality`) and,
+where asked for, `MEASURES` of its vessels (`analysis.measure`).
 
 Each process appends its rows to `.summary.<rank>.csv`, image by image. Rank 0 merges them at the end; after a kill, the
 next call does. Several processes need an output folder that all of them see.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import math
 import os
 import threading
 import time
@@ -31,6 +33,7 @@ from retina_seg.distributed import World
 from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import IMAGE_SUFFIXES, image_size, is_image, load_image, write_image
 from retina_seg.inference.segmenter import Segmenter
+from retina_seg.quality import quality
 from retina_seg.utils import UserError, natural_sort, user_path
 from retina_seg.visualize import vessel_overlay
 
@@ -40,7 +43,13 @@ SAVED = "masks,probability,overlay"  # by default
 OUTPUTS = tuple(SAVES[name] for name in SAVED.split(","))
 SUMMARIES = ("summary.csv", "summary.json")
 NUMBERS = ("width", "height", "fov_diameter", "vessel_percent", "seconds", "size", "mtime_ns")
-COLUMNS = ("input", "name", *NUMBERS, "made_with", "remark", "status")
+COLUMNS = ("input", "name", *NUMBERS, "made_with", "gradable", "remark", "status")
+MEASURES = (  # columns after these; empty where undefined, those in micrometres without a pixel size
+    *("area_pct", "length_density_per_fov", "length_density_per_mm"),
+    *(f"calibre_{what}_{unit}" for unit in ("px", "um") for what in ("mean", "median", "p10", "p90")),
+    *("branch_density_per_fov2", "end_density_per_fov2"),
+    *("tortuosity_median", "curvature2_median_per_fov2", "fractal_d0"),
+)
 TEXTS, TABLES = (".txt", ".lst"), (".csv", ".tsv")  # endings of lists of paths
 NAMED = ("image", "path", "input")  # columns of paths
 DONE, INTERRUPTED = "ok", "interrupted"
@@ -67,6 +76,8 @@ def predict_images(
     overwrite: bool = False,
     made_with: str | None = None,
     save: str = SAVED,
+    measure: bool = False,
+    pixel_size: float | None = None,
     **how: Any,
 ) -> list[dict[str, Any]]:
     """Segment every image among `inputs`: `plan_images`, then `segment_images`, whose arguments and errors these are.
@@ -76,8 +87,10 @@ def predict_images(
     if made_with is None:
         weights = b"".join(value.cpu().float().numpy().tobytes() for value in segmenter.model.state_dict().values())
         options = f"{segmenter.frame} threshold={segmenter.threshold} tta={segmenter.tta}"
+        options += f" measure pixel_size={pixel_size}" if measure else ""
         made_with = f"{hashlib.sha256(weights).hexdigest()[:12]} {options}"
-    return segment_images(segmenter, plan_images(inputs, output, made_with, overwrite, save), **how)
+    plan = plan_images(inputs, output, made_with, overwrite, save)
+    return segment_images(segmenter, plan, measure=measure, pixel_size=pixel_size, **how)
 
 
 def plan_images(inputs: Inputs, output: str | Path, made_with: str, overwrite: bool = False, save: str = SAVED) -> Plan:
@@ -122,18 +135,22 @@ def segment_images(
     jobs: int | None = None,
     progress: bool = True,
     world: World = World(),  # noqa: B008
+    measure: bool = False,
+    pixel_size: float | None = None,
 ) -> list[dict[str, Any]]:
     """Do what is planned, image by image.
 
     Args:
+        measure: add `MEASURES` to the rows; `pixel_size`: micrometres a pixel, for those in micrometres.
         jobs: how many images at once; None: `device.images_at_once`.
         world: the processes that share the images; each calls this, with the same plan.
 
     Returns, on rank 0, the images' rows as in summary.csv, with "skipped": whether it had been done before. "status" is
     `DONE`, or why the image could not be segmented.
 
-    Raises `UserError`: `jobs` is below 1, a folder not to be written to, a full disk.
+    Raises `UserError`: `jobs` is below 1, a pixel size that is none, a folder not to be written to, a full disk.
     """
+    check_pixel_size(pixel_size)
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     output, saves, images, begun, _ = plan
@@ -149,15 +166,16 @@ def segment_images(
         for file in filter(os.path.lexists, old):
             os.unlink(file)
         files = dict(zip(saves, _files(output, row["name"], saves), strict=True))
-        return row | _segment(segmenter, images[row["input"]][0], files, large_turn)
+        return row | _segment(segmenter, images[row["input"]][0], files, large_turn, measure, pixel_size)
 
+    columns = COLUMNS + MEASURES * measure
     part, share = output / f".summary.{world.rank}.csv", list(begun.values())[world.rank :: world.size]
-    utils.write_csv(part, COLUMNS, share)  # so that a killed call leaves no file that no row names
+    utils.write_csv(part, columns, share)  # so that a killed call leaves no file that no row names
     try:
         with open(part, "a", encoding="utf-8", errors="surrogateescape") as file:
             rows = map_threads(segment, share, segmenter.device, jobs)
             for row in tqdm(rows, "segmenting", len(share), unit="image", disable=not (progress and world.is_main)):
-                file.write(utils.csv_text(COLUMNS, [row], digits=4, header=False))
+                file.write(utils.csv_text(columns, [row], digits=4, header=False))
                 file.flush()
     except OSError as error:
         raise UserError(f"{error.filename or part}: cannot be written ({error.strerror})") from None
@@ -269,7 +287,20 @@ def _files(output: Path, name: str, saves: Sequence[str] = tuple(SAVES)) -> list
     return [output / f"{name}_{SAVES[save]}.png" for save in saves]
 
 
-def _segment(segmenter: Segmenter, path: Path, files: dict[str, Path], large_turn: threading.Lock) -> dict[str, Any]:
+def check_pixel_size(pixel_size: float | None) -> None:
+    """Raises `UserError`: it is no size in micrometres."""
+    if pixel_size is not None and not 0 < pixel_size < math.inf:
+        raise UserError(f"--pixel-size {pixel_size}: must be above 0 micrometres")
+
+
+def _segment(
+    segmenter: Segmenter,
+    path: Path,
+    files: dict[str, Path],
+    large_turn: threading.Lock,
+    measured: bool,
+    pixel_size: float | None,
+) -> dict[str, Any]:
     """Segment the image at `path` into `files`; its row's other cells. What is wrong with the image is its status."""
     with contextlib.ExitStack() as stack:
         try:
@@ -283,6 +314,8 @@ def _segment(segmenter: Segmenter, path: Path, files: dict[str, Path], large_tur
                 fov = find_fov(image)
                 probability = segmenter(image, fov)
                 vessels = probability > segmenter.threshold
+                gradable, said = quality(image, fov, probability, vessels)
+                found = _measure(vessels, fov, pixel_size) if measured else {}
                 overlay = vessel_overlay(image, vessels) if "overlay" in files else image
                 probability *= 65535
                 deep = np.rint(probability, out=probability).astype(np.uint16)
@@ -292,11 +325,19 @@ def _segment(segmenter: Segmenter, path: Path, files: dict[str, Path], large_tur
         arrays = {"masks": vessels * np.uint8(255), "fov": fov * np.uint8(255), "overlay": overlay, "probability": deep}
         for save, file in files.items():
             write_image(file, arrays[save])  # where this fails it would for all images, so it ends the work
-    row = {"width": vessels.shape[1], "height": vessels.shape[0], "fov_diameter": 0, "remark": remark, "status": DONE}
+    row = {"width": vessels.shape[1], "height": vessels.shape[0], "fov_diameter": 0, "status": DONE, **found}
+    row |= {"gradable": gradable, "remark": "; ".join(filter(None, (remark, said)))}
     row |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "seconds": f"{time.perf_counter() - start:.3f}"}
     if inside := np.count_nonzero(fov):
         row |= {"fov_diameter": round(fov_diameter(fov)), "vessel_percent": 100 * np.count_nonzero(vessels) / inside}
     return row
+
+
+def _measure(vessels: np.ndarray, fov: np.ndarray, pixel_size: float | None) -> dict[str, float | None]:
+    from retina_seg.analysis.measure import measure  # slow to import
+
+    found = measure(vessels, fov, pixel_size, quadrants=False)
+    return {name: found.get(name) for name in MEASURES}
 
 
 def _read_rows(output: Path) -> Rows:
@@ -323,8 +364,10 @@ def _merge(output: Path) -> Rows:
     summary, parts = _read_rows(output), list(output.glob(".summary.*.csv"))
     if parts:
         rows = sorted(summary.values(), key=lambda row: utils.natural_key(row["name"]))
-        utils.write_csv(output / "summary.csv", COLUMNS, rows)
-        shown = [{name: number(row[name]) if name in NUMBERS else row[name] for name in COLUMNS} for row in rows]
+        columns = (*COLUMNS, *(name for name in MEASURES if any(row.get(name) for row in rows)))
+        utils.write_csv(output / "summary.csv", columns, rows)
+        numbers = NUMBERS + MEASURES
+        shown = [{n: number(row.get(n, "")) if n in numbers else row[n] for n in columns} for row in rows]
         utils.write_json(output / "summary.json", shown)
     for part in parts:
         part.unlink()
