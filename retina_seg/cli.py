@@ -137,6 +137,9 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("images", "files, folders with all below them, .txt or .csv lists of paths", nargs="+", metavar="INPUT"),
     argument("--output", "folder for maps and summary.csv; mirrors the input's sub-folders", required=True),
     argument("--save", "any of masks,probability,overlay,fov", "masks,probability,overlay", metavar="NAMES"),
+    argument(
+        "--report", "write report.html: images, measures, remarks, to look at (default: off)", action="store_true"
+    ),
     argument("--dry-run", "say what would be done, write nothing (default: off)", action="store_true"),
     argument("--jobs", "images at once (default: up to 4, by processor cores)", type=int),
     argument("--measure", "add measures of the vessels to the summaries (default: off)", action="store_true"),
@@ -148,15 +151,18 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("--precision", PRECISION, "auto", choices=PRECISIONS),
 )
 def _predict(options: argparse.Namespace) -> int:
+    from retina_seg.analysis.report import write_report
     from retina_seg.checkpoint import WEIGHTS, find_weights, weights_id
     from retina_seg.distributed import process_group
     from retina_seg.inference.batch import DONE, plan_images, segment_images
     from retina_seg.inference.segmenter import Segmenter
     from retina_seg.runs import remarks
 
-    if options.pixel_size is not None and not options.measure:
-        raise UserError("--pixel-size is for measures; add --measure")
+    if options.pixel_size is not None and not (options.measure or options.report):
+        raise UserError("--pixel-size is for measures; add --measure or --report")
     path = find_weights(options.weights).resolve()
+    options.measure |= options.report
+    options.save += ",report" * options.report
     measures = {"measure": options.measure, "pixel_size": options.pixel_size}
     choices = given_options(options, "threshold", "working_size", "tta", "style")
     shown = {**choices, "precision": options.precision.replace("auto", ""), **measures}
@@ -182,6 +188,8 @@ def _predict(options: argparse.Namespace) -> int:
     if doubtful := sum(row["gradable"] in ("doubtful", "no") for row in rows):
         _say(f"{doubtful} doubtful or not gradable: see gradable and remark in {Path(options.output, 'summary.csv')}")
     _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
+    if options.report:
+        _say(f"to look at: {write_report(options.output)}")
     return int(bool(failed))
 
 

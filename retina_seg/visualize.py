@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from retina_seg.fov import fov_box
 from retina_seg.utils import atomic_write
 
 REGION_NAMES = {"frame": "whole frame", "fov": "field of view"}
@@ -64,6 +65,18 @@ def shrink(image: np.ndarray, width: int) -> np.ndarray:
     """The image (H, W[, 3]) uint8 scaled down to `width` pixels, aspect ratio kept; as it is where it is narrower."""
     height = max(1, round(image.shape[0] * width / image.shape[1]))
     return image if image.shape[1] <= width else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def preview(image: np.ndarray, fov: np.ndarray, vessels: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) uint8 RGB, and beside it with outlines of `vessels`, both cut to `fov`; (H, W) bool both.
+
+    Returns (h, 2 w, 3) uint8, h and w at most 560 pixels.
+    """
+    top, left, bottom, right = fov_box(fov)
+    image, mask = image[top:bottom, left:right], vessels[top:bottom, left:right] * np.uint8(255)
+    width = max(1, 560 * image.shape[1] // max(image.shape[:2]))
+    image, mask = shrink(image, width), shrink(mask, width)
+    return np.hstack([image, vessel_overlay(image, mask > 127)])
 
 
 def contact_sheet(

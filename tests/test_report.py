@@ -11,44 +11,24 @@ import pytest
 
 from retina_seg.analysis import report
 from retina_seg.images import read_image, write_image
-from retina_seg.visualize import OUTLINE
+from retina_seg.utils import write_json
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
-def rows(count: int = 3) -> list[dict]:
+def write(folder) -> dict:
+    """A report of three images in `folder`; its data."""
     base = {"input": "/in", "made_with": "general c0e3", "gradable": "yes", "remark": "", "status": "ok"}
-    made = [base | {"name": f"a/{i}", "width": 60, "area_pct": 10.0 - i} for i in range(count)]
-    made[1] |= {"remark": "dark </script><b>", "gradable": "no"}
-    made[2] |= {"area_pct": None, "gradable": None, "status": "cannot be decoded"}
-    return made
-
-
-def write(folder, count: int = 3) -> dict:
-    """A report of `count` rows in `folder`; its data."""
-    image, fov = np.full((40, 60, 3), 90, np.uint8), np.ones((40, 60), bool)
-    previews = {f"a/{i}": folder / f"a/{i}_preview.jpg" for i in range(count - 1)}
+    rows = [base | {"name": f"a/{i}", "width": 60, "area_pct": 10.0 - i} for i in range(3)]
+    rows[1] |= {"remark": "dark </script><b>", "gradable": "no"}
+    rows[2] |= {"area_pct": None, "gradable": None, "status": "cannot be decoded"}
+    write_json(folder / "summary.json", rows)
     (folder / "a").mkdir()
-    for path in previews.values():
-        write_image(path, report.preview(image, fov, np.eye(40, 60, dtype=bool)))
-    page = report.write_report(rows(count), folder, previews).read_text(encoding="utf-8")
+    for i in range(2):
+        write_image(folder / f"a/{i}_preview.jpg", np.full((40, 120, 3), 90, np.uint8))
+    page = report.write_report(folder).read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"?http|@import|url\(", page)  # needs no network
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
-
-
-def test_a_preview_is_the_image_and_the_image_with_outlines_cut_to_the_field_of_view():
-    image, fov, vessels = (
-        np.full((900, 1400, 3), 90, np.uint8),
-        np.zeros((900, 1400), bool),
-        np.zeros((900, 1400), bool),
-    )
-    fov[100:900, 200:1000], vessels[480:520] = True, True
-    shown = report.preview(image, fov, vessels)
-    side = report.SIDE
-    assert shown.shape == (side, 2 * side, 3)
-    assert (shown[:, :side] == 90).all()
-    outlined = np.flatnonzero((shown[:, side + 50] == OUTLINE).all(axis=1))
-    assert np.abs(outlined / side - [380 / 800, 420 / 800]).max() < 2 / side
 
 
 def test_report_holds_rows_pictures_and_settings(tmp_path):

@@ -157,3 +157,18 @@ def test_a_gallery_names_the_error_colours_and_heat_maps_their_range(tmp_path):
     ramp = np.asarray(figure.axes[2].images[0].get_array(), int)[0].sum(axis=1)
     assert ramp[0] < ramp[50] < ramp[100]  # dark to light
     save_figure(tmp_path / "maps.png", figure)
+
+
+def test_a_preview_is_the_image_and_the_image_with_outlines_cut_to_the_field_of_view():
+    image, fov, vessels = (
+        np.full((900, 1400, 3), 90, np.uint8),
+        np.zeros((900, 1400), bool),
+        np.zeros((900, 1400), bool),
+    )
+    fov[100:900, 200:1000], vessels[480:520] = True, True
+    shown = visualize.preview(image, fov, vessels)
+    side = shown.shape[0]
+    assert shown.shape == (560, 1120, 3)
+    assert (shown[:, :side] == 90).all()
+    outlined = np.flatnonzero((shown[:, side + 50] == visualize.OUTLINE).all(axis=1))
+    assert np.abs(outlined / side - [380 / 800, 420 / 800]).max() < 2 / side

@@ -14,50 +14,34 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from retina_seg import __version__
-from retina_seg.fov import fov_box
-from retina_seg.utils import atomic_write
-from retina_seg.visualize import shrink, vessel_overlay
+from retina_seg.inference.batch import SAVES
+from retina_seg.utils import atomic_write, read_text, user_path
 
-SIDE = 560  # pixels, of each half of a preview
 EMBEDDED = 200  # images; the previews of more are not in the page but beside it
-HIDDEN = ("input", "size", "mtime_ns", "made_with", "skipped", "seconds")
+HIDDEN = ("input", "size", "mtime_ns", "made_with", "seconds")
 FIRST = ("name", "gradable", "remark", "status")  # columns
 NO_MEASURES = ("width", "height")
 PACKAGES = ("torch", "openvino", "numpy", "opencv-python-headless", "scikit-image")
 
 
-def preview(image: np.ndarray, fov: np.ndarray, vessels: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) uint8 RGB, and beside it with outlines of `vessels`, both cut to `fov`; (H, W) bool both.
+def write_report(output: str | Path) -> Path:
+    """Write `output`/report.html on all images in the summary of `predict`; with `--save report` each has a preview.
 
-    Returns (h, 2 w, 3) uint8, h and w at most `SIDE`.
+    The page needs no network and, up to `EMBEDDED` images, no other file.
+
+    Raises `UserError`: no summary in `output`, or it may not be written to.
     """
-    top, left, bottom, right = fov_box(fov)
-    image, mask = image[top:bottom, left:right], vessels[top:bottom, left:right] * np.uint8(255)
-    width = max(1, SIDE * image.shape[1] // max(image.shape[:2]))
-    image, mask = shrink(image, width), shrink(mask, width)
-    return np.hstack([image, vessel_overlay(image, mask > 127)])
-
-
-def write_report(rows: Sequence[Mapping[str, Any]], output: str | Path, previews: Mapping[str, Path]) -> Path:
-    """Write `output`/report.html, which needs no network and, up to `EMBEDDED` images, no other file.
-
-    Args:
-        rows: of the summary, one an image.
-        previews: the file of an image's preview, by the row's "name"; one without has no picture.
-
-    Raises `UserError`: the folder may not be written to, or the disk is full.
-    """
-    output = Path(output)
+    output = user_path(output)
+    rows = json.loads(read_text(output / "summary.json"))
 
     def source(name: str) -> str | None:
-        if name not in previews or not previews[name].is_file():
+        path = output / f"{name}_{SAVES['report']}"
+        if not path.is_file():
             return None
         if len(rows) > EMBEDDED:
-            return quote(os.fsencode(previews[name].relative_to(output)))  # a name may be no valid text
-        return "data:image/jpeg;base64," + base64.b64encode(previews[name].read_bytes()).decode()
+            return quote(os.fsencode(path.relative_to(output)))  # a name may be no valid text
+        return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
 
     names = [name for name in dict.fromkeys((*FIRST, *(name for row in rows for name in row))) if name not in HIDDEN]
     shown = [{name: row.get(name) for name in names} | {"preview": source(row["name"])} for row in rows]

@@ -35,12 +35,13 @@ from retina_seg.images import IMAGE_SUFFIXES, image_size, is_image, load_image, 
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.quality import quality
 from retina_seg.utils import UserError, natural_sort, user_path
-from retina_seg.visualize import vessel_overlay
+from retina_seg.visualize import preview, vessel_overlay
 
 # what can be saved -> the end of its file's name
-SAVES = {"masks": "vessels", "probability": "probability", "overlay": "overlay", "fov": "fov"}
+SAVES = {"masks": "vessels.png", "probability": "probability.png", "overlay": "overlay.png", "fov": "fov.png"}
+SAVES["report"] = "preview.jpg"  # for `analysis.report`
 SAVED = "masks,probability,overlay"  # by default
-OUTPUTS = tuple(SAVES[name] for name in SAVED.split(","))
+OUTPUTS = tuple(SAVES[name].removesuffix(".png") for name in SAVED.split(","))
 SUMMARIES = ("summary.csv", "summary.json")
 NUMBERS = ("width", "height", "fov_diameter", "vessel_percent", "seconds", "size", "mtime_ns")
 COLUMNS = ("input", "name", *NUMBERS, "made_with", "gradable", "remark", "status")
@@ -284,7 +285,7 @@ def _choose_names(images: Images, output: Path, summary: Rows) -> dict[str, str]
 
 def _files(output: Path, name: str, saves: Sequence[str] = tuple(SAVES)) -> list[Path]:
     """The files of an image, one for each of `saves`."""
-    return [output / f"{name}_{SAVES[save]}.png" for save in saves]
+    return [output / f"{name}_{SAVES[save]}" for save in saves]
 
 
 def check_pixel_size(pixel_size: float | None) -> None:
@@ -323,6 +324,8 @@ def _segment(
             return {"status": " ".join(str(error).removeprefix(f"{path}: ").split())}
         utils.create_dir(next(iter(files.values())).parent)
         arrays = {"masks": vessels * np.uint8(255), "fov": fov * np.uint8(255), "overlay": overlay, "probability": deep}
+        if "report" in files:
+            arrays["report"] = preview(image, fov, vessels)
         for save, file in files.items():
             write_image(file, arrays[save])  # where this fails it would for all images, so it ends the work
     row = {"width": vessels.shape[1], "height": vessels.shape[0], "fov_diameter": 0, "status": DONE, **found}
