@@ -341,24 +341,27 @@ def _degrade(options: argparse.Namespace) -> None:
     _say(f"written to {options.output}: degrade.csv, degrade.png")
 
 
+MEASURED = (
+    "the table, a row a mask, of the field of view and its quadrants: area, length, calibre, branch and end points, "
+    "tortuosity, curvature, fractal dimensions; units and definitions: retina_seg/analysis/measure.py"
+)
+
+
 @command(
-    "measure vessel masks: area and length density, calibre, branch points, tortuosity, fractal dimension",
+    "measure vessel masks; compare two folders of them",
     "measure vessels/ --output table.csv --pixel-size 7.5",
-    argument(
-        "masks", "masks, or folders with all below them; of predict's output the vessels", nargs="+", metavar="MASKS"
-    ),
-    argument("--output", "the table, a row a mask; its name ends in .csv", required=True),
+    argument("masks", "masks, or folders; of predict's output the vessels", nargs="+", metavar="MASKS"),
+    argument("--output", MEASURED, required=True, metavar="TABLE.csv"),
     PIXEL_SIZE,
     argument("--discs", "table of optic discs, for zones B and C: name, x, y, diameter in pixels", metavar="TABLE"),
     argument(
-        "--fov", "folder of fields of view (default: <name>_fov.png beside a mask, else the frame)", metavar="FOLDER"
+        "--fov", "folder of fields of view (default: <name>_fov.png beside a mask, else the frame)", metavar="DIR"
     ),
-    argument(
-        "--against", "other masks of the same images: ICC(2,1), bias and limits of agreement", metavar="OTHER_MASKS"
-    ),
+    argument("--against", "other masks of the same images: ICC(2,1), bias, limits of agreement", metavar="OTHER_MASKS"),
 )
 def _measure(options: argparse.Namespace) -> int:
-    from retina_seg.analysis.measure_masks import DONE, agreement_lines, measure_masks
+    from retina_seg.analysis.agreement import agreement_lines
+    from retina_seg.analysis.measure_masks import DONE, measure_masks
 
     how = given_options(options, "output", "pixel_size", "discs", "fov", "against")
     rows, agreement = measure_masks(options.masks, **how)

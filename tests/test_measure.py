@@ -8,8 +8,9 @@ import pytest
 from conftest import call
 from skimage.morphology import skeletonize
 
+from retina_seg.analysis.agreement import AGREEMENT, agreement, icc
 from retina_seg.analysis.measure import fractal_dimensions, measure
-from retina_seg.analysis.measure_masks import AGREEMENT, DONE, WHOLE, agreement, icc, measure_masks
+from retina_seg.analysis.measure_masks import DONE, WHOLE, measure_masks
 from retina_seg.images import write_image
 from retina_seg.utils import UserError, read_csv
 
@@ -70,13 +71,6 @@ def test_path(name: str) -> None:
     assert squared is None or found["curvature2_median_per_px2"] == pytest.approx(squared, rel=0.05)
 
 
-def test_ring() -> None:
-    found = measure(np.abs(np.hypot(Y - 160, X - 160) - 50) <= 3, FOV)
-    assert found["tortuosity_mean"] is None and (found["branch_points"], found["end_points"]) == (0, 0)
-    assert found["length_px"] == pytest.approx(100 * math.pi, rel=0.02)
-    assert found["calibre_mean_px"] == pytest.approx(6, abs=0.5)
-
-
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize(("width", "turn"), [(3, 0), (5, 30), (9, 17), (13, 72)])
 def test_tree(depth: int, width: int, turn: float) -> None:
@@ -85,17 +79,18 @@ def test_tree(depth: int, width: int, turn: float) -> None:
     assert (found["branch_points"], found["end_points"]) == (2**depth - 1, 2**depth + 1)
 
 
-def test_spurs_and_crossings() -> None:
+def test_spurs_crossings_and_diagonals() -> None:
     spur = (np.abs(X - 160) < 2) & (Y > 160) & (Y < 172)
-    for more, branches, ends in ((spur, 0, 2), (bar(15, 90), 1, 4)):
-        found = measure(bar(15, 0) | more, FOV)
-        assert (found["branch_points"], found["end_points"]) == (branches, ends)
-
-
-def test_diagonals() -> None:
     one, other = np.roll(bar(4, 45, 100), -80, axis=1), np.roll(bar(4, 135, 100), 80, axis=1)
-    assert min(skeletonize(one).sum(), skeletonize(other).sum()) < 40  # this skeleton loses half of it
-    assert measure(one | other, FOV)["length_px"] == pytest.approx(200, rel=0.02)
+    assert min(skeletonize(one).sum(), skeletonize(other).sum()) < 40  # the quicker skeleton loses half of it
+    for mask, expected in (
+        (bar(15, 0) | spur, (0, 2, 200)),
+        (bar(15, 0) | bar(15, 90), (1, 4, 400)),
+        (one | other, (0, 4, 200)),
+    ):
+        found = measure(mask, FOV, quadrants=False)
+        assert [found[name] for name in ("branch_points", "end_points")] == [*expected[:2]]
+        assert found["length_px"] == pytest.approx(expected[2], rel=0.02)
 
 
 def test_fractal_dimensions() -> None:
@@ -103,7 +98,7 @@ def test_fractal_dimensions() -> None:
     for _ in range(5):
         carpet = np.kron(np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], bool), carpet)
     for mask, known in ((FOV, 2), (np.eye(320, dtype=bool), 1), (Y == 7, 1), (carpet, 1.893)):
-        *found, r2, smallest, largest = (value for value, _ in fractal_dimensions(mask).values())
+        *found, r2, smallest, largest = fractal_dimensions(mask).values()
         assert found == pytest.approx([known] * 3, abs=0.05) and r2 > 0.99
         assert 2 <= smallest < largest == len(mask) / 4
 
@@ -117,15 +112,15 @@ def test_orientation(turns: int, step: int) -> None:
     assert {name: after[name] for name in whole} == pytest.approx({name: before[name] for name in whole}, rel=1e-9)
 
 
-def test_regions() -> None:
-    ring = np.abs(np.hypot(Y - 160, X - 150) - 50) <= 2
+def test_ring_in_regions() -> None:
+    ring = np.abs(np.hypot(Y - 160, X - 150) - 50) <= 2.5
     found = measure(ring, FOV, disc=(150, 160, 40))  # zone B 40 to 60 pixels from the centre, zone C to 100
     assert found["zone_b_length_px"] == pytest.approx(100 * math.pi, rel=0.02) == found["zone_c_length_px"]
-    assert found["zone_c_inside_pct"] == pytest.approx(100, abs=1)
+    assert found["zone_c_inside_pct"] == pytest.approx(100, abs=1) and found["calibre_mean_px"] == pytest.approx(
+        5, abs=0.5
+    )
     assert found["top_left_length_px"] > found["top_right_length_px"] > 0
-    assert measure(ring, FOV, quadrants=False) == {
-        k: v for k, v in measure(ring, FOV).items() if k[:3] not in ("top", "bot")
-    }
+    assert found["tortuosity_mean"] is None and (found["branch_points"], found["end_points"]) == (0, 0)
 
 
 def test_undefined_is_none() -> None:
@@ -149,40 +144,50 @@ def test_agreement() -> None:
     assert agreement(np.ones((1, 2))) == {"n": 1}
 
 
-def test_command(tmp_path, capsys) -> None:
-    ours, masks, discs, table = (tmp_path / name for name in ("ours", "masks", "discs.csv", "table.csv"))
-    for number, width in (("1", 5), ("2", 7), ("3", 9)):
-        for name, mask in (("vessels", bar(width, 0)), ("fov", X < 160), ("overlay", FOV)):
-            ours.mkdir(exist_ok=True)
-            write_image(ours / f"{number}_{name}.png", np.uint8(255) * mask)
-        masks.mkdir(exist_ok=True)
-        write_image(masks / f"{number}_manual1.png", np.uint8(255) * bar(width + 1, 0))
-    (masks / "3_manual1.png").write_text("no image")
+@pytest.fixture
+def folders(tmp_path):
+    """Predictions of images 1 to 3, in fields of view, and masks of 1 to 4; the third is damaged."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "masks").mkdir()
+    for number, width in ((1, 5), (2, 7), (3, 9), (4, 5)):
+        write_image(tmp_path / f"masks/{number}_manual1.png", np.uint8(255) * bar(width + 1, 0))
+        for name, mask in {"vessels": bar(width, 0), "fov": X < 160, "overlay": FOV}.items() if number < 4 else ():
+            write_image(tmp_path / f"ours/{number}_{name}.png", np.uint8(255) * mask)
+    (tmp_path / "masks/3_manual1.png").write_text("no image")
+    return tmp_path / "ours", tmp_path / "masks"
+
+
+def test_command_and_agreement(folders, tmp_path, capsys) -> None:
+    (ours, masks), table = folders, tmp_path / "table.csv"
     assert call("measure", ours, "--output", table, "--pixel-size", 10, "--against", masks) == 1
     said = capsys.readouterr()
-    assert (
-        "3_manual1.png: is not an image" in said.err
-        and "5 measured, 1 failed" in said.out
-        and "calibre_mean_um" in said.out
-    )
-    one, *_, failed = rows = read_csv(table, ["input", "status", "length_px", "calibre_mean_um"])
-    assert [row["name"] for row in rows] == ["1", "2", "3"] * 2 and not failed["length_px"]
-    assert float(one["length_px"]) == pytest.approx(100, rel=0.02) and one["remark"] == ""
+    assert "3_manual1.png: is not an image" in said.err and "4_manual1.png: has no mask to compare with" in said.err
+    assert "5 measured, 2 failed" in said.out and "calibre_mean_um" in said.out
+    rows = read_csv(table, ["input", "status", "length_px", "calibre_mean_um"])
+    assert [row["name"] for row in rows] == ["1", "2", "3", "1", "2", "3", "4_manual1"] and not rows[5]["length_px"]
+    assert float(rows[0]["length_px"]) == pytest.approx(100, rel=0.02) and rows[0]["remark"] == ""
     row = {row["measure"]: row for row in read_csv(tmp_path / "table_agreement.csv", AGREEMENT)}["calibre_mean_um"]
     assert row["n"] == "2" and float(row["bias"]) == pytest.approx(-10, abs=0.1)
 
+
+def test_discs_fields_and_what_is_no_mask(folders, tmp_path) -> None:
+    (ours, masks), table, discs = folders, tmp_path / "table.csv", tmp_path / "discs.csv"
     discs.write_text("name;x;y;diameter\n1.jpg;160;160;40\n2.jpg;500;160;40\n")
     one, two, three = measure_masks([ours], table, discs=discs, progress=False)[0]
     assert (
         one["zone_b_length_px"] > 0 and "disc does not lie in" in two["status"] and "no optic disc" in three["remark"]
     )
     write_image(masks / "3_manual1.png", np.full((50, 50, 3), np.arange(50)[:, None] * 4, np.uint8))
-    one, _, photo = measure_masks([masks], table, progress=False)[0]
+    one, _, photo, _ = measure_masks([masks], table, progress=False)[0]
     assert one["remark"] == WHOLE and one["status"] == DONE and "no mask" in photo["status"]
-    discs.write_text("name,x,y,diameter\nother,1,2,\n")
-    before = table.read_text()
+    one, *_, four = measure_masks([masks], table, fov=ours, progress=False)[0]
+    assert one["length_px"] == pytest.approx(100, rel=0.02) and "no field of view" in four["status"]
+    write_image(tmp_path / "1.png", np.uint8(255) * bar(5, 0)[:300])
+    rows = measure_masks([masks / "1_manual1.png"], table, against=tmp_path / "1.png", progress=False)[0]
+    assert rows[1]["status"].startswith("is 320x300 but") and "length_px" not in rows[1]
+    discs.write_text("name,x,y,diameter\nother,1,2,3\n")
     bad = {"output": tmp_path / "x.png", "pixel_size": -1, "fov": tmp_path / "none", "discs": discs, "against": discs}
     for name, value in bad.items():
         with pytest.raises(UserError):
-            measure_masks([ours], **{"output": table, name: value}, progress=False)
-    assert table.read_text() == before
+            measure_masks([ours], **{"output": tmp_path / "new.csv", name: value}, progress=False)
+    assert not (tmp_path / "new.csv").exists()

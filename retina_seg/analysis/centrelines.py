@@ -52,8 +52,8 @@ def centrelines(vessels: np.ndarray, fov: np.ndarray, diameter: float) -> Centre
         chains.append(chain)
         end_radii.append((radius[0], radius[-1]))
     bend = max(BEND_LEAST, BEND_SHARE * diameter)
-    points, segment, length, calibre, curvature = _along(chains, np.reshape(end_radii, (-1, 2)), distance, bend)
-    return Centrelines(points - 1, segment, length, calibre, curvature, branches - 1, np.concatenate(ends) - 1)
+    points, *along = _along(chains, np.reshape(end_radii, (-1, 2)), distance, bend)
+    return Centrelines._make([points - 1, *along, branches - 1, np.concatenate(ends) - 1])
 
 
 def at_points(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -63,10 +63,7 @@ def at_points(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _skeleton(vessels: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The skeleton by Zhang and Suen (1984); by Lee et al. (1994), slower, where theirs has lost a vessel.
-
-    Theirs eats up some diagonal lines from their free ends.
-    """
+    """The skeleton by Zhang and Suen (1984), who lose some diagonal lines from free ends on; then by Lee et al. (1994)."""
     skeleton = skeletonize(vessels)
     away = cv2.distanceTransform((~skeleton).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
     lost = away[vessels].max(initial=0) > 3 * distance[vessels].max(initial=0) + SHORT
@@ -124,9 +121,8 @@ def _prune(graph: Graph, radius: np.ndarray) -> list[list[int]]:
 
 
 def _is_spur(path: list[int], graph: Graph, radius: np.ndarray) -> bool:
-    ends = path[0], path[-1]
-    free = [pixel for pixel in ends if len(graph[pixel]) == 1]
-    stems = [pixel for pixel in ends if len(graph[pixel]) > 1] or free
+    free = [end for end in (path[0], path[-1]) if len(graph[end]) == 1]
+    stems = [end for end in (path[0], path[-1]) if len(graph[end]) > 1] or free
     return bool(free) and len(path) - 1 + min(radius[free]) < max(2 * max(radius[stems]), SHORT)
 
 
@@ -164,21 +160,16 @@ def _to_edge(chain: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _along(chains: list[np.ndarray], radii: np.ndarray, distance: np.ndarray, bend: float) -> tuple[np.ndarray, ...]:
-    """The points (n, 2) of all `chains`, smoothed; and their segment, length, calibre and curvature, (n,) each.
-
-    `radii` (segments, 2): at the segments' ends. `bend`: the smoothing before curvature, pixels.
-    """
+    """The first five of `Centrelines`. `radii` (segments, 2): at their ends. `bend`: the smoothing before curvature, pixels."""
     if not chains:
         return np.empty((0, 2)), np.empty(0, int), *np.empty((3, 0))
     margin = int(3 * bend) + 2  # mirrored through its ends a segment is smoothed without moving these
-    mirrored = [np.pad(chain, ((margin, margin), (0, 0)), "reflect", reflect_type="odd") for chain in chains]
+    raw = np.concatenate([np.pad(c, ((margin, margin), (0, 0)), "reflect", reflect_type="odd") for c in chains])
     inside = np.concatenate([np.pad(np.ones(len(chain), bool), margin) for chain in chains])
-    raw = np.concatenate(mirrored)
-    points, bent = (gaussian_filter1d(raw, sigma, axis=0, truncate=3) for sigma in (SMOOTHING, bend))
-    velocity, tangent = np.gradient(bent, axis=0), np.gradient(points, axis=0)[inside]
-    acceleration = np.gradient(velocity, axis=0)[inside]
-    (vy, vx), (ay, ax) = velocity[inside].T, acceleration.T
-    points = points[inside]
+    smooth, bent = (gaussian_filter1d(raw, sigma, axis=0, truncate=3) for sigma in (SMOOTHING, bend))
+    points, tangent, velocity = smooth[inside], np.gradient(smooth, axis=0)[inside], np.gradient(bent, axis=0)
+    turning = np.gradient(np.unwrap(np.arctan2(*velocity.T)))
+    curvature = (turning / np.maximum(np.hypot(*velocity.T), 1e-9))[inside]
 
     segment = np.repeat(np.arange(len(chains)), [len(chain) for chain in chains])
     step = np.hypot(*np.diff(points, axis=0, prepend=points[:1]).T)
@@ -193,6 +184,5 @@ def _along(chains: list[np.ndarray], radii: np.ndarray, distance: np.ndarray, be
     sides = [map_coordinates(distance, (points + side * normal).T, order=1) + 1 - EDGE for side in (1, -1)]
     near_end = np.minimum(after - radii[segment, 0], before - radii[segment, 1]) < 1
     calibre = np.where(near_end, np.nan, sides[0] + sides[1])
-    curvature = (vx * ay - vy * ax) / np.maximum(np.hypot(vx, vy), 1e-9) ** 3
     curvature[np.minimum(after, before) < bend] = np.nan
     return points, segment, length, calibre, curvature

@@ -1,12 +1,15 @@
 """Measures of the vessels in a mask, inside the field of view. Undefined is None, never 0.
 
-Regions: the whole field; its quadrants by the middle of its box, `top_left_` …; with the optic disc `zone_b_` and `zone_c_`,
-0.5 to 1 and 0.5 to 2 disc diameters from its margin (Knudtson et al. 2003, Cheung et al. 2010). A zone may lie partly outside
-the field, `zone_c_inside_pct`, and then says little.
+Definitions, sources and weaknesses stand with the functions: `_area_and_length`, `_calibre`, `_points`, `_tortuosity`,
+`fractal_dimensions`. Centrelines are the smoothed skeleton without spurs; segments lie between branch points and ends.
 
 The end of a name is its unit. Lengths: `_px`, pixels; `_pct`, per cent of the field of view's diameter; `_um`, micrometres,
 with a pixel size. Densities: `_per_px`, `_per_fov` (the diameter is the unit), `_per_mm`; of points, and squared curvature,
 `_per_px2` …. `area_pct` is per cent of the region; tortuosity and the fractal dimensions have no unit.
+
+Regions: the whole field; its quadrants by the middle of its box, `top_left_` …; with the optic disc `zone_b_` and `zone_c_`,
+0.5 to 1 and 0.5 to 2 disc diameters from its margin (Knudtson et al. 2003, Cheung et al. 2010). A zone may lie partly outside
+the field, `zone_c_inside_pct`, and then says little.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ SHORTEST = 0.02  # of the field's diameter: shorter pieces have no tortuosity
 ZONES = {"zone_b_": (1.0, 1.5), "zone_c_": (1.0, 2.5)}  # disc diameters from the disc's centre
 PARTS = np.rint(2 ** np.arange(2, 13, 0.5)).astype(int)  # boxes along the mask's longer side, of 2 pixels or more
 Measurements = dict[str, float | None]
-Found = dict[str, tuple[float, int]]  # name -> value in pixels, NaN where undefined; power of the length in its unit
+Found = dict[str, float]  # in pixels; NaN where undefined
 
 
 def measure(
@@ -48,76 +51,72 @@ def measure(
     """
     if vessels.ndim != 2 or vessels.shape != fov.shape or vessels.dtype != bool or fov.dtype != bool:
         raise ValueError(f"vessels, fov must be bool (H, W): {vessels.dtype} {vessels.shape}, {fov.dtype} {fov.shape}")
-    scale, size = 1 if pixel_size is None else pixel_size, 1 if disc is None else disc[2]
-    if not (all(map(math.isfinite, (scale, size, *(disc or ())))) and scale > 0 and size > 0):
+    numbers = [1 if pixel_size is None else pixel_size, *(disc or (0, 0, 1))]
+    if not (np.isfinite(numbers).all() and numbers[0] > 0 and numbers[-1] > 0):
         raise ValueError(f"pixel size {pixel_size}, disc {disc}: must be finite, size and diameter above 0")
     fov = fov & (not vessels[fov].all())
     diameter = fov_diameter(fov) if fov.any() else math.nan
     top, left, bottom, right = fov_box(fov)
     fov = fov[top:bottom, left:right]
     vessels = vessels[top:bottom, left:right] & fov
-    regions = {"": fov}
-    if quadrants:
-        regions |= _quadrants(fov)
-    values = {"fov_diameter_px": diameter}
-    if disc is not None:
-        zones = _zones(fov, disc[0] - left, disc[1] - top, disc[2])
-        for name, (near, far) in ZONES.items():
-            whole = math.pi * (far**2 - near**2) * disc[2] ** 2
-            values[f"{name}inside_pct"] = 100 * np.count_nonzero(zones[name]) / whole + 0 * diameter
-        regions |= zones
-
+    regions = _regions(fov, quadrants, disc and (disc[0] - left, disc[1] - top, disc[2]))
     turns, step = _orientation(vessels)
-    regions = {name: np.rot90(region[:, ::step], turns) for name, region in regions.items()}
     vessels = np.ascontiguousarray(np.rot90(vessels[:, ::step], turns))
-    lines = centrelines(vessels, regions[""], diameter)
-    for prefix, region in regions.items():
+    lines = centrelines(vessels, np.rot90(fov[:, ::step], turns), diameter)
+    values = {"fov_diameter_px": diameter}
+    for prefix, (region, whole) in regions.items():
+        if whole is not None:
+            values[f"{prefix}inside_pct"] = 100 * np.count_nonzero(region) / whole + 0 * diameter
+        region = np.rot90(region[:, ::step], turns)
         found = _area_and_length(vessels, region, lines)
         found |= _calibre(region, lines)
         found |= _points(region, lines)
         found |= _tortuosity(region, lines, SHORTEST * diameter)
         found |= fractal_dimensions(vessels & region)
-        for name, (value, power) in found.items():
-            values |= _in_units(prefix + name, value, power, diameter, pixel_size)
+        values |= {prefix + name: value for name, value in _in_units(found, diameter, pixel_size).items()}
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _quadrants(fov: np.ndarray) -> dict[str, np.ndarray]:
-    """The quarters of `fov` (H, W) bool; a line in the middle belongs to both sides."""
+def _regions(
+    fov: np.ndarray, quadrants: bool, disc: Sequence[float] | None
+) -> dict[str, tuple[np.ndarray, float | None]]:
+    """Prefix of a name -> a part of `fov` (H, W) bool; and of a zone its whole area, in pixels."""
+    regions: dict[str, tuple[np.ndarray, float | None]] = {"": (fov, None)}
     height, width = fov.shape
     y, x = np.ogrid[:height, :width]
-    rows = {"top": 2 * y < height, "bottom": 2 * y >= height - 1}
-    columns = {"left": 2 * x < width, "right": 2 * x >= width - 1}
-    return {f"{row}_{column}_": fov & rows[row] & columns[column] for row in rows for column in columns}
-
-
-def _zones(fov: np.ndarray, x: float, y: float, diameter: float) -> dict[str, np.ndarray]:
-    """What of `ZONES` around the disc lies in `fov` (H, W) bool."""
-    rows, columns = np.ogrid[: fov.shape[0], : fov.shape[1]]
-    away = np.hypot(rows - y, columns - x) / diameter
-    return {name: fov & (away >= near) & (away <= far) for name, (near, far) in ZONES.items()}
+    if quadrants:  # a line in the middle belongs to both sides
+        rows = {"top": 2 * y < height, "bottom": 2 * y >= height - 1}
+        columns = {"left": 2 * x < width, "right": 2 * x >= width - 1}
+        regions |= {f"{row}_{column}_": (fov & rows[row] & columns[column], None) for row in rows for column in columns}
+    if disc is not None:
+        away = np.hypot(y - disc[1], x - disc[0]) / disc[2]
+        for name, (near, far) in ZONES.items():
+            regions[name] = fov & (away >= near) & (away <= far), math.pi * (far**2 - near**2) * disc[2] ** 2
+    return regions
 
 
 def _orientation(vessels: np.ndarray) -> tuple[int, int]:
     """Quarter turns and step (-1: mirrored) before `vessels` is measured: a skeleton differs between the eight ways."""
-
-    def key(way: tuple[int, int]) -> tuple[tuple[int, ...], bytes]:
-        turned = np.rot90(vessels[:, :: way[1]], way[0])
-        return turned.shape, np.packbits(turned).tobytes()
-
-    return min(itertools.product(range(4), (1, -1)), key=key)
+    ways = itertools.product(range(4), (1, -1))
+    return min(ways, key=lambda way: np.packbits(np.rot90(vessels[:, :: way[1]], way[0])).tobytes())
 
 
-def _in_units(name: str, value: float, power: int, diameter: float, pixel_size: float | None) -> dict[str, float]:
-    """A measure in all its units: name with unit -> value."""
-    if power == 0:
-        return {name: value}
-    if power == 1:
-        units = {"px": 1.0, "pct": 100 / diameter, "um": pixel_size}
-    else:
-        units = {"per_px": 1.0, "per_fov": diameter, "per_mm": pixel_size and 1000 / pixel_size}
-    square = "2" if power == -2 else ""
-    return {f"{name}_{unit}{square}": value * one ** abs(power) for unit, one in units.items() if one is not None}
+def _in_units(found: Found, diameter: float, pixel_size: float | None) -> Found:
+    """Lengths in pixels, and densities by pixels, in the other units too."""
+    lengths, densities = {"px": 1.0, "pct": diameter / 100}, {"px": 1.0, "fov": diameter}  # a unit's pixels
+    if pixel_size is not None:
+        lengths["um"], densities["mm"] = 1 / pixel_size, 1000 / pixel_size
+    values: Found = {}
+    for name, value in found.items():
+        if name.endswith("_per_px2"):
+            values |= {f"{name[:-3]}{unit}2": value * pixels**2 for unit, pixels in densities.items()}
+        elif name.endswith("_per_px"):
+            values |= {name[:-2] + unit: value * pixels for unit, pixels in densities.items()}
+        elif name.endswith("_px"):
+            values |= {name[:-2] + unit: value / pixels for unit, pixels in lengths.items()}
+        else:
+            values[name] = value
+    return values
 
 
 def _area_and_length(vessels: np.ndarray, region: np.ndarray, lines: Centrelines) -> Found:
@@ -129,7 +128,7 @@ def _area_and_length(vessels: np.ndarray, region: np.ndarray, lines: Centrelines
     area = np.count_nonzero(region) or math.nan
     length = lines.length[at_points(region, lines.points)].sum() + 0 * area
     share = 100 * np.count_nonzero(vessels & region) / area
-    return {"area_pct": (share, 0), "length": (length, 1), "length_density": (length / area, -1)}
+    return {"area_pct": share, "length_px": length, "length_density_per_px": length / area}
 
 
 def _calibre(region: np.ndarray, lines: Centrelines) -> Found:
@@ -140,10 +139,9 @@ def _calibre(region: np.ndarray, lines: Centrelines) -> Found:
     """
     kept = at_points(region, lines.points) & np.isfinite(lines.calibre)
     calibre, length = lines.calibre[kept], lines.length[kept]
-    found: Found = {"calibre_mean": (_mean(calibre, length), 1)}
-    for name, share in (("median", 0.5), ("p10", 0.1), ("p90", 0.9)):
-        found[f"calibre_{name}"] = (_quantile(calibre, length, share), 1)
-    return found
+    shares = {"median": 0.5, "p10": 0.1, "p90": 0.9}
+    quantiles = {f"calibre_{name}_px": _quantile(calibre, length, share) for name, share in shares.items()}
+    return {"calibre_mean_px": _mean(calibre, length), **quantiles}
 
 
 def _points(region: np.ndarray, lines: Centrelines) -> Found:
@@ -156,7 +154,7 @@ def _points(region: np.ndarray, lines: Centrelines) -> Found:
     found: Found = {}
     for name, points in (("branch", lines.branches), ("end", lines.ends)):
         number = np.count_nonzero(at_points(region, points)) + 0 * area
-        found |= {f"{name}_points": (number, 0), f"{name}_density": (number / area, -2)}
+        found |= {f"{name}_points": number, f"{name}_density_per_px2": number / area}
     return found
 
 
@@ -181,10 +179,10 @@ def _tortuosity(region: np.ndarray, lines: Centrelines, shortest: float) -> Foun
             ratios.append(arc / chord if chord >= 1 else math.nan)  # a ring has none
             bends.append(_mean(squared[curved], lines.length[start:stop][curved]))
     found: Found = {}
-    for name, values, power in (("tortuosity", ratios, 0), ("curvature2", bends, -2)):
+    for name, unit, values in (("tortuosity", "", ratios), ("curvature2", "_per_px2", bends)):
         known = np.isfinite(values)
         pieces = np.array(values)[known], np.array(arcs)[known]
-        found |= {f"{name}_mean": (_mean(*pieces), power), f"{name}_median": (_quantile(*pieces, 0.5), power)}
+        found |= {f"{name}_mean{unit}": _mean(*pieces), f"{name}_median{unit}": _quantile(*pieces, 0.5)}
     return found
 
 
@@ -200,19 +198,18 @@ def fractal_dimensions(mask: np.ndarray) -> Found:
     longest = max(mask.shape)
     counts = PARTS[longest >= 2 * PARTS]
     if len(counts) < 4 or not mask.any():
-        return dict.fromkeys(names, (math.nan, 0))
+        return dict.fromkeys(names, math.nan)
     total, moments = cv2.integral(np.ascontiguousarray(mask).view(np.uint8)), []
     for count in counts:  # boxes of whole pixels that fill the mask's own box
-        rows, columns = (
-            np.linspace(0, n, max(1, round(count * n / longest)) + 1).round().astype(int) for n in mask.shape
-        )
+        edges = [np.linspace(0, n, max(1, round(count * n / longest)) + 1) for n in mask.shape]
+        rows, columns = (np.rint(edge).astype(int) for edge in edges)
         pixels = np.diff(np.diff(total[np.ix_(rows, columns)], axis=0), axis=1)
         share = pixels[pixels > 0] / total[-1, -1]
         moments.append((math.log(len(share)), -(share @ np.log(share)), -math.log(share @ share)))
     slopes = np.polyfit(np.log(counts), moments, 1)[0]
     r2 = np.corrcoef(np.log(counts), moments, rowvar=False)[0, 1:] ** 2
     values = (*slopes, r2.min(), longest / counts[-1], longest / counts[0])
-    return {name: (value, 0) for name, value in zip(names, values, strict=True)}
+    return dict(zip(names, values, strict=True))
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> float:

@@ -1,8 +1,7 @@
-"""Folders of vessel masks -> a table of measures (`measure`), and how well two folders agree on each."""
+"""Folders of vessel masks -> a table of measures (`measure`), and of the agreement of two folders (`agreement`)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,17 +9,17 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from retina_seg.analysis.agreement import AGREEMENT, agreement_table
 from retina_seg.analysis.measure import measure
 from retina_seg.images import IMAGE_SUFFIXES, load_mask, read_mask
-from retina_seg.inference.batch import DONE, MEASURES, check_pixel_size, find_images
+from retina_seg.inference.batch import DONE, check_pixel_size, find_images
 from retina_seg.sets.names import match_names
 from retina_seg.utils import UserError, create_dir, read_csv, user_path, write_csv
 
 T = TypeVar("T")
 FIRST = ("name", "input", "status", "remark", "width", "height")  # columns before the measures
 DISC = ("name", "x", "y", "diameter")
-AGREEMENT = ("measure", "n", "mean", "bias", "lower", "upper", "icc")
-OURS = "_vessels"  # the end of the names that predict writes
+VESSELS, FOV = "_vessels", "_fov"  # ends of the names that predict writes
 WHOLE = "no field of view given: the whole frame"
 
 
@@ -41,7 +40,7 @@ def measure_masks(
         discs: table of optic discs, with the columns `DISC` in pixels.
         fov: folder of fields of view; else `<name>_fov.png` beside a mask, else the whole frame.
         against: folder of other masks of the same images, measured in the same fields of view. Their rows follow in the table,
-            and `<output>_agreement.csv` has a row for each measure (`agreement`).
+            and `<output>_agreement.csv` has a row for each measure (`agreement.agreement`).
 
     Files belong together by their names (`names.match_names`). "status" is `DONE`, or what is wrong with the mask.
 
@@ -51,45 +50,53 @@ def measure_masks(
     if output.suffix.lower() != ".csv":
         raise UserError(f"--output {output}: the table's name must end in .csv")
     check_pixel_size(pixel_size)
-    paths = _find_masks(masks)
+    paths = _find(masks, output, VESSELS)
     places = {} if discs is None else _of_images(paths, _read_discs(discs), discs)
-    beside = {name: path.with_name(path.stem.removesuffix(OURS) + "_fov.png") for name, path in paths.items()}
+    beside = {name: path.with_name(path.stem.removesuffix(VESSELS) + FOV + ".png") for name, path in paths.items()}
     fields = {name: path for name, path in beside.items() if path.is_file()}
     if fov is not None:
-        fields = _of_images(paths, _find_masks([fov]), fov)
-    others = {} if against is None else _of_images(paths, _find_masks([against]), against)
+        fields = _of_images(paths, _find([fov], output, FOV), fov)
+    found = {} if against is None else _find([against], output, VESSELS)
+    others = {} if against is None else _of_images(paths, found, against)
 
-    jobs = [*paths.items(), *others.items()]
-    rows = []
+    jobs, rows, sizes = [*paths.items(), *others.items()], [], dict[str, tuple[int, int]]()
     for name, path in tqdm(jobs, "measuring", unit="mask", disable=not progress):
-        row = {"name": name, "input": str(path), "status": DONE}
+        row: dict[str, Any] = {"name": name, "input": str(path), "status": DONE}
         try:
             if fov is not None and name not in fields:
                 raise UserError(f"no field of view in {fov} has its name")
-            row |= _measure_file(path, fields.get(name), pixel_size, places.get(name))
-            if discs is not None and name not in places:
-                row["remark"] = "; ".join(filter(None, (row["remark"], "no optic disc given")))
+            cells = _measure_file(path, fields.get(name), pixel_size, places.get(name))
+            size = cells["width"], cells["height"]
+            if size != sizes.setdefault(name, size):
+                raise UserError("is {}x{} but {} is {}x{}".format(*size, paths[name], *sizes[name]))
+            lacks = ["no optic disc given" * (discs is not None and name not in places)]
+            lacks += [f"no mask of its name in {against}" * (against is not None and name not in others)]
+            row |= cells | {"remark": "; ".join(filter(None, (cells["remark"], *lacks)))}
         except UserError as error:
             row["status"] = str(error).removeprefix(f"{path}: ")
         rows.append(row)
-    columns = dict.fromkeys([*FIRST, *(column for row in sorted(rows, key=len, reverse=True) for column in row)])
-    table = agreement_table(rows[: len(paths)], rows[len(paths) :], list(columns)[len(FIRST) :]) if others else []
+    columns = list(dict.fromkeys([*FIRST, *(column for row in sorted(rows, key=len, reverse=True) for column in row)]))
+    table = agreement_table(rows[: len(paths)], rows[len(paths) :], columns[len(FIRST) :]) if others else []
+    alone = {name: path for name, path in found.items() if path not in others.values()}
+    rows += [
+        {"name": name, "input": str(path), "status": "has no mask to compare with"} for name, path in alone.items()
+    ]
     create_dir(output.parent)
-    write_csv(output, list(columns), rows)
+    write_csv(output, columns, rows)
     if others:
         write_csv(output.with_name(f"{output.stem}_agreement.csv"), AGREEMENT, table)
     return rows, table
 
 
-def _find_masks(inputs: Sequence[str | Path]) -> dict[str, Path]:
-    """The masks among `inputs`, by their place there without its ending."""
+def _find(inputs: Sequence[str | Path], output: Path, end: str) -> dict[str, Path]:
+    """The files among `inputs` whose names have this end, by their place there without it; without such, all masks."""
     found: dict[str, Path] = {}
-    for path, place in find_images(inputs, Path(), {})[0].values():
+    for path, place in find_images(inputs, output, {})[0].values():
         name = place.with_suffix("").as_posix()
         if found.setdefault(name, path) != path:
             raise UserError(f"{path} and {found[name]}: two masks of one name; rename or remove one")
-    ours = {name.removesuffix(OURS): path for name, path in found.items() if name.endswith(OURS)}
-    return ours or found
+    ours = {name.removesuffix(end): path for name, path in found.items() if name.endswith(end)}
+    return ours or {name: path for name, path in found.items() if not name.endswith(FOV)}
 
 
 def _of_images(images: dict[str, Any], items: dict[str, T], source: str | Path) -> dict[str, T]:
@@ -135,61 +142,3 @@ def _measure_file(path: Path, field: Path | None, pixel_size: float | None, disc
     remarks += ["the field of view is empty" * (not fov.any()), "no vessel" * bool(fov.any() and share == 0)]
     row = {"remark": "; ".join(filter(None, remarks)), "width": grey.shape[1], "height": grey.shape[0]}
     return row | measure(vessels, fov, pixel_size, disc)
-
-
-def agreement_table(rows: list[dict], others: list[dict], measures: Sequence[str]) -> list[dict[str, Any]]:
-    """`agreement` of `rows` with `others`, joined by name, for each of `measures` that is defined in both of two images."""
-    by_name = {row["name"]: row for row in others}
-    pairs = [(row, by_name[row["name"]]) for row in rows if row["name"] in by_name]
-    table = []
-    for measure_name in measures:
-        values = [(a.get(measure_name), b.get(measure_name)) for a, b in pairs]
-        known = [pair for pair in values if None not in pair]
-        table.append({"measure": measure_name, **agreement(np.array(known, float).reshape(-1, 2))})
-    return table
-
-
-def agreement_lines(table: list[dict[str, Any]]) -> list[str]:
-    """The agreement on `MEASURES` in the whole field, for people."""
-    lines = [f"{'measure':<28}" + "".join(f"{name:>11}" for name in AGREEMENT[1:])]
-    for row in table:
-        if row["measure"] in MEASURES:
-            numbers = "".join(f"{row[name]:>11.4g}" if name in row else f"{'-':>11}" for name in AGREEMENT[1:])
-            lines.append(f"{row['measure']:<28}{numbers}")
-    return lines if table else []
-
-
-def agreement(values: np.ndarray) -> dict[str, float]:
-    """How well two methods agree that measured the same n images: `values` (n, 2) float, the second is the reference.
-
-    "mean": of the reference. "bias": mean of first minus second; "lower", "upper": limits of agreement, bias -/+ 1.96
-    standard deviations of the differences (Bland and Altman 1986). "icc": `icc`. NaN for fewer than two images.
-    """
-    n = len(values)
-    if n < 2:
-        return {"n": n}
-    differences = values[:, 0] - values[:, 1]
-    bias, spread = differences.mean(), 1.96 * differences.std(ddof=1)
-    numbers = {
-        "mean": values[:, 1].mean(),
-        "bias": bias,
-        "lower": bias - spread,
-        "upper": bias + spread,
-        "icc": icc(values),
-    }
-    return {"n": n, **{name: float(number) for name, number in numbers.items()}}
-
-
-def icc(values: np.ndarray) -> float:
-    """ICC(2,1) of `values` (n subjects, k raters): two-way random effects, absolute agreement, one rater.
-
-    Shrout and Fleiss (1979); ICC(A,1) of McGraw and Wong (1996). At most 1; NaN where nothing differs.
-    """
-    n, k = values.shape
-    mean = values.mean()
-    of_subjects = k * np.sum((values.mean(axis=1) - mean) ** 2)
-    of_raters = n * np.sum((values.mean(axis=0) - mean) ** 2)
-    rest = np.sum((values - mean) ** 2) - of_subjects - of_raters
-    subjects, raters, error = of_subjects / (n - 1), of_raters / (k - 1), rest / ((n - 1) * (k - 1))
-    whole = subjects + (k - 1) * error + k * (raters - error) / n
-    return float((subjects - error) / whole) if whole > 0 else math.nan
