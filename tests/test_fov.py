@@ -171,11 +171,6 @@ def test_what_is_no_disc_is_taken_as_its_convex_hull():
     assert dice(found, truth) > 0.99
 
 
-def test_an_image_with_odd_strides_has_its_disc_too():
-    view = retina(disc(200, 220, 90))[::-1, :, ::-1]
-    assert np.array_equal(find_fov(view), find_fov(np.ascontiguousarray(view)))
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (1, 900), (900, 1), (2, 2), (3, 5), (8, 8), (700, 300)])
 def test_frames_without_a_border_of_any_size(shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
