@@ -192,24 +192,20 @@ PHOTOS = [
         for end in (".png", ".tif", ".pnm", ".jp2")
         for a, e in ((WIDE, COLOUR), (DEEP, GREY))
     ),
-    *((coded(a * 16, end), e, "") for end in (".png", ".jp2") for a, e in ((WIDE, COLOUR), (DEEP, GREY))),
+    (coded(WIDE * 16, ".png"), COLOUR, ""),
+    (coded(DEEP * 16, ".jp2"), GREY, ""),
     (coded(DEEP >> 2, ".png"), GREY, "16 bits, scaled from 10"),
     (tiff(DEEP.astype(np.int16) - 500), (DEEP - DEEP.min()) >> 4, SECOND + FROM_12 + ", -485 became 0"),
     (tiff(WIDE.astype(np.uint32) << 16), COLOUR, SECOND + "32 bits, scaled from 28"),
-    (tiff(np.float32(COLOUR / 255)), COLOUR, SECOND + "floats, scaled from 0 to 1"),
     (tiff(np.where(GREY == 0, np.nan, GREY / 255)), GREY, SECOND + "floats, scaled from 0 to 1"),
-    (tiff(np.float32(GREY)), GREY, SECOND + "32 bits, scaled from 8"),
+    (tiff(np.float32(COLOUR)), COLOUR, SECOND + "32 bits, scaled from 8"),
     (tiff(np.float32(GREY / 126 - 1)), np.rint(GREY * HALF), SECOND + "floats, scaled from -1 to 1"),
-    (tiff(4095 - DEEP, photometric="miniswhite"), GREY, SECOND + "16 bits, scaled from 12"),
+    (tiff(4095 - DEEP, photometric="miniswhite"), GREY, SECOND + FROM_12),
     (tiff(CLEAR, extrasamples=["unassalpha"], bigtiff=True), COLOUR, SECOND + FROM_12),
     (tiff(WIDE, **SIDEWAYS), np.rot90(COLOUR, 3), SECOND + FROM_12),
-    (dicom(GREY, "MONOCHROME2", 8), GREY, ""),
     (dicom(255 - GREY, "MONOCHROME1", 8), GREY, ""),
     (dicom(DEEP // 4, "MONOCHROME2", 12), GREY // 4, FROM_12),  # dark, as its bits say
     (dicom(DEEP, "MONOCHROME2", 16), GREY, FROM_12),
-    (dicom(4095 - DEEP, "MONOCHROME1", 12), GREY, FROM_12),
-    (dicom(COLOUR, "RGB", 8), COLOUR, ""),
-    (dicom(WIDE * 16, "RGB", 16), COLOUR, ""),
     (dicom(np.stack([COLOUR, 255 - COLOUR]), "RGB", 8, 2), COLOUR, "page 1 of 2"),
     (dicom(COLOUR[None], "YBR_FULL", 8, 2, [jpeg(COLOUR), jpeg(255 - COLOUR)]), COLOUR, "page 1 of 2"),
     (heic(COLOUR[:32, :32], COLOUR), COLOUR, "page 2 of 2"),
@@ -320,19 +316,6 @@ def test_a_header_that_claims_too_many_pixels_is_refused_unread(tmp_path, width,
     refused(tmp_path / "huge.png", "pixels")
     (tmp_path / "large.png").write_bytes(png(12_000, 9_000))
     assert image_size(tmp_path / "large.png") == (9_000, 12_000)  # within the bound
-
-
-def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch):
-    def fail(path, *_, **__):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "a.jpg").write_bytes(b"old")
-    monkeypatch.setattr(images.iio, "imwrite", fail)
-    for path in (tmp_path / "a.jpg", tmp_path / "missing/a.jpg"):
-        with pytest.raises(UserError, match=f"{path}: cannot be written"):
-            write_image(path, gradient())
-    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a.jpg", b"old")]
 
 
 def test_list_images_leaves_out_hidden_files_folders_and_other_files(tmp_path):
