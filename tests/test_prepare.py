@@ -134,16 +134,17 @@ def test_drive_at_512_has_the_kaggle_names_and_pixels(tmp_path):
         fov = resized(mirrored(field())) > 127
         assert np.array_equal(read_mask(root / f"train/fov/{4 + k}.png"), fov * np.uint8(255))
     assert np.array_equal(read_mask(root / "test/mask_2nd/1.png"), resized(mask(3)))  # 3 and 253 became 0 and 255
-    row = read_csv(root / "photos.csv", ())[6]
-    assert ",".join(row) == "part,name,photo,subject,variant,source"
+    row = read_csv(root / "photos.csv", ("part", "name", "photo", "subject", "variant", "source"))[6]
     assert ",".join(row.values()) == "train,6,22_training,22_training,2,22_training.tif"
     assert [pair.photo for pair in list_pairs(root, "train")] == ["21_training"] * 4 + ["22_training"] * 4
 
 
 def test_the_rotated_variant_depends_on_name_and_seed_alone(tmp_path):
     one, two = make_drive(tmp_path / "one", count=1), make_drive(tmp_path / "two", count=2)
-    roots = [run("drive", source, tmp_path / str(seed), seed=seed) for source, seed in ((one, 1), (one, 2))]
-    roots.append(run("drive", two, tmp_path / "more", seed=1))
+    roots = [
+        run("drive", raw, tmp_path / name, seed=seed)
+        for raw, name, seed in ((one, "a", 1), (one, "b", 2), (two, "c", 1))
+    ]
     first, other, more = ((root / "train/image/3.png").read_bytes() for root in roots)
     assert first == more != other
     assert first != (roots[2] / "train/image/7.png").read_bytes()
@@ -186,14 +187,12 @@ def test_les_av_as_two_halves_with_artery_and_vein_values(tmp_path):
 
 
 def test_everything_into_one_part_and_variants_of_drive_at_512_alone(tmp_path):
-    root = run("chase_db1", make("chase_db1", tmp_path / "chase"), tmp_path / "a", split="train", size=32)
-    assert len(names(root, "train")) == 4
-    assert sorted(path.name for path in root.iterdir()) == ["photos.csv", "train"]
     drive = make_drive(tmp_path / "raw", 1)
     assert names(run("drive", drive, tmp_path / "b", size=96), "train") == ["21_training"]
     assert names(run("drive", drive, tmp_path / "c", split="test"), "test") == ["01_test", "21_training"]
-    every = [f"{name}_{k}" for name in ("01_test", "21_training") for k in range(4)]
-    assert names(run("drive", drive, tmp_path / "d", split="train"), "train") == every
+    root = run("drive", drive, tmp_path / "d", split="train")
+    assert names(root, "train") == [f"{name}_{k}" for name in ("01_test", "21_training") for k in range(4)]
+    assert sorted(path.name for path in root.iterdir()) == ["photos.csv", "train"]
 
 
 def test_a_set_two_folders_below_in_other_case_into_a_folder_with_a_readme_or_nothing(tmp_path):
@@ -255,10 +254,14 @@ def test_a_part_without_any_mask_is_left_out(tmp_path, capsys):
     source = make_drive(tmp_path / "raw")
     shutil.rmtree(source / "test/1st_manual")  # as DRIVE's site gives it
     assert names(run("drive", source, tmp_path / "set", size=32), "train") == ["21_training", "22_training"]
-    assert [path.name for path in (tmp_path / "set").iterdir() if path.is_dir()] == ["train"]
+    assert names(tmp_path / "set", "test") == [] and [len(part) for pair in load_data(source) for part in pair] == [
+        2,
+        2,
+        0,
+        0,
+    ]
     said = capsys.readouterr().out
-    assert "2 images without a mask are left out" in said and "no test part: " in said and "--validation photos" in said
-    assert [len(part) for pair in load_data(source) for part in pair] == [2, 2, 0, 0]
+    assert "2 images without a mask are left out" in said and "no test part: " in said
 
 
 def test_refuses_two_sizes_and_damaged_files_and_leaves_nothing(tmp_path):
