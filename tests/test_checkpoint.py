@@ -189,9 +189,6 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
-# ------------------------------------------------------------------------------------------------- going on with a run
-
-
 class Killed(BaseException):
     """Stands for the end of a process that is asked nothing."""
 

@@ -23,9 +23,6 @@ COMMANDS = "predict run train test compare threshold degrade prepare check synth
 SMALL = ("--epochs", 1, "--size", 32, "--precision", "float32")
 
 
-# ----------------------------------------------------------------------------------------------------------------- help
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_defaults_and_an_example(command, capsys):
     assert call(command, "--help") == 0
@@ -63,9 +60,6 @@ assert not heavy, heavy
 
 def test_the_public_names_are_listed():
     assert set(retina_seg.__all__) <= set(dir(retina_seg)) and all(hasattr(retina_seg, n) for n in retina_seg.__all__)
-
-
-# ------------------------------------------------------------------------------------------------------------- the jobs
 
 
 def test_the_main_job_on_an_empty_folder_uses_synthetic_images(tmp_path, monkeypatch, capsys):

@@ -50,9 +50,6 @@ def sklearn_ranking(mask, score):
     return oracle.roc_auc_score(mask, score), oracle.average_precision_score(mask, score)
 
 
-# ----------------------------------------------------------------------------------------------------------- from counts
-
-
 def test_eight_pixels_counted_by_hand():
     mask = np.array([[True, True, True, False, False, False, False, False]])
     predicted = np.array([[True, True, False, True, False, False, False, False]])
@@ -102,9 +99,6 @@ def test_other_types_and_shapes_are_refused():
         for arguments in ((mask, array), (mask, mask, array)):
             with pytest.raises(error, match=match):
                 count(*arguments)
-
-
-# --------------------------------------------------------------------------------------------------------- from a ranking
 
 
 @pytest.mark.parametrize("levels", [None, 255, 8, 1])
@@ -164,9 +158,6 @@ def test_the_pooled_ranking_is_as_near_to_the_exact_one_as_stated(mean, deviatio
     assert area < 1e-6 and precision < 5e-6
 
 
-# ----------------------------------------------------------------------------------------------------------- centre lines
-
-
 def line(first=5, last=35, row=4, thickness=1, shape=(12, 40)):
     """A horizontal line (12, 40) bool: columns `first` to `last` - 1."""
     vessels = np.zeros(shape, bool)
@@ -218,9 +209,6 @@ def test_a_region_cuts_the_centre_lines_that_were_found_on_the_frame():
     bar = line(row=5, thickness=5)
     lines = score_image(bar, bar, None, {"upper": upper})["upper"].lines
     assert lines.mask == (centre_line(bar) & upper).sum()
-
-
-# ---------------------------------------------------------------------------------------------------- an image and a set
 
 
 def test_an_image_is_scored_in_every_region_by_its_own_pixels_as_sklearn_does():
@@ -292,9 +280,6 @@ def test_the_bootstrap_has_the_width_theory_gives_it():
     assert bootstrap(values, seed=1) != (low, high)
     assert bootstrap([0.25, 0.25, 0.25]) == (0.25, 0.25)
     assert np.isnan([bootstrap([]), bootstrap([0.5])]).all()
-
-
-# -------------------------------------------------------------------------------------------------------------- thresholds
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -39,9 +39,6 @@ def fast():
     return shaken(FastAttentionUNet())
 
 
-# --------------------------------------------------------------------------------- the oracle: the same from the weights
-
-
 class Plain:
     """The original's forward pass in functional operations on a state dict's tensors, written from its description."""
 
@@ -135,9 +132,6 @@ def test_the_gate_adds_the_weighted_values_to_themselves(kernel):
         torch.testing.assert_close(gate(g, s), v * a + v)
         torch.testing.assert_close(a, torch.sigmoid(gate.output[0](torch.relu(gate.Ws(s) * gate.Wg(g)))))
     assert ((a > 0) & (a < 1)).all()
-
-
-# -------------------------------------------------------------------------------------------------------- both networks
 
 
 @pytest.mark.parametrize("name", MODELS)

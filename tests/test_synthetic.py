@@ -108,9 +108,6 @@ def test_a_plain_threshold_does_not_segment_the_vessels(large, less_background, 
     assert low < np.max(2 * precision * recall / (precision + recall + 1e-9)) < high  # the vessels are there to be seen
 
 
-# ------------------------------------------------------------------------------------------------------- whole datasets
-
-
 def test_write_set_writes_the_layout_the_same_on_every_run(tmp_path):
     roots = [
         write_set(tmp_path / "new" / name, train=3, test=2, size=(80, 100), seed=seed, progress=False)

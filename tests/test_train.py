@@ -63,9 +63,6 @@ def at_step(number, call):
         handle.remove()
 
 
-# ------------------------------------------------------------------------------------------------------------- one pass
-
-
 class Shift(nn.Module):
     """One number added to the first channel: a network whose training can be followed by hand."""
 
@@ -123,9 +120,6 @@ def test_what_is_not_finite_stops_before_the_step(targets, what):
     with pytest.raises(NotFinite, match=what):
         one_pass(model, targets, loss_fn)
     assert model.shift.item() == 0
-
-
-# ------------------------------------------------------------------------------------------------------------- the loop
 
 
 def test_fit_writes_the_run_folder(tiny_run):

@@ -82,9 +82,6 @@ def test_prefetch_keeps_the_order_beside_its_caller_and_goes_no_further_than_ask
     assert threading.get_ident() not in {ident for _, ident in seen}
 
 
-# --------------------------------------------------------------------------------------------------- files, all or none
-
-
 @pytest.mark.parametrize("name", ["no_ending", "ü n\n码.json", "-dash.txt", "a" * 251 + ".png"])
 def test_atomic_write_leaves_the_file_and_nothing_else(tmp_path, name):
     with atomic_write(tmp_path / name) as temporary, atomic_write(tmp_path / name) as other:  # two writers do not meet
