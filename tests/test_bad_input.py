@@ -179,7 +179,6 @@ for kind, command, where, damage, line in (
     case(kind, command, damaged(command, where, damage), line, 1 if command in ("check", "predict") else 2, leaves)
 
 for kind, command, where, damage in (
-    ("transparency", "train", IMAGE, replaced(lambda: encoded("PNG", "RGBA"))),
     ("CMYK", "test", TEST, replaced(lambda: encoded("JPEG", "CMYK"), ".jpg")),
     ("a palette, then rubbish", "check", IMAGE, replaced(lambda: encoded("GIF", "P") + bytes(5000), ".gif")),
     ("masks of 0 and 1", "train", MASK, redrawn(lambda mask: mask // 255)),
