@@ -58,10 +58,6 @@ assert not heavy, heavy
     assert all(command in done.stdout for command in COMMANDS)
 
 
-def test_the_public_names_are_listed():
-    assert set(retina_seg.__all__) <= set(dir(retina_seg)) and all(hasattr(retina_seg, n) for n in retina_seg.__all__)
-
-
 def test_the_main_job_on_an_empty_folder_uses_synthetic_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_set("results/synthetic-data", 3, 2, (64, 64), progress=False)

@@ -127,8 +127,3 @@ def test_mutated_files_are_read_or_named(count, tmp_path):
             told += row["status"] != DONE
         shutil.rmtree(place)
     assert count / 5 < told < count, "mutations that always or never tell prove little"
-
-
-def test_mutations_are_many_and_stay_the_same():
-    first = [mutation(number) for number in range(260)]
-    assert first == [mutation(number) for number in range(260)] and len({content for *_, content in first}) > 250
