@@ -76,14 +76,12 @@ def test_a_clean_set_has_its_figures_and_no_findings(clean):
 
 def test_lines_say_what_people_ask(clean):
     write(clean, "train", "wide", image(30)[:80])
-    (clean / "train/fov/wide.png").unlink()
     (clean / "test/mask/p3.png").unlink()
     lines = check_set(clean, progress=False).lines()
     assert lines[0] == str(clean)
-    assert lines[1] == "train: 4 images, 4 masks, 3 fields of view, 4 second observer's masks"
-    assert "sizes: 90x96 (3), 90x80 (1)" in lines[2]
-    assert "% of the frame on average" in lines[3]
-    assert lines[-3].startswith("note: ") and lines[-2].startswith("problem: ") and lines[-1] == "1 problem"
+    assert lines[1] == "train: 4 images, 4 masks, 4 fields of view, 4 second observer's masks"
+    assert "sizes: 90x96 (3), 90x80 (1)" in lines[2] and "% of the frame on average" in lines[3]
+    assert lines[-2].startswith("problem: ") and lines[-1] == "1 problem"
 
 
 def test_the_index_is_compared_with_the_files_and_counts_variants_once(clean):
@@ -95,7 +93,7 @@ def test_the_index_is_compared_with_the_files_and_counts_variants_once(clean):
     assert "train: 4 images (variants of 3)" in report.lines()[1]
     (clean / "photos.csv").write_text("\n".join(["part,name,photo", *rows[:5], "test,gone,gone"]))
     unnamed, gone = check_set(clean, progress=False).warnings
-    assert "photos.csv: 1 files are not named, so each counts as a photo of its own (train/p10)" in unnamed
+    assert "photos.csv: 1 files are not named" in unnamed and "(train/p10)" in unnamed
     assert "photos.csv: 1 files are named but not there (test/gone)" in gone
     (clean / "photos.csv").write_text("a,b\n1,2\n")
     (text,) = check_set(clean, progress=False).problems
@@ -106,12 +104,11 @@ def test_odd_files(clean):
     put(clean / "train/fov/other.png", FIELD)
     only(clean, "warnings", "fov: 1 files have no image (other.png)")
     (clean / "train/fov/other.png").unlink()
-    (clean / "train/fov/p1.png").rename(clean / "p1.png")
-    only(clean, "warnings", "fov: 1 images have no file here (p1.png)")
-    (clean / "p1.png").rename(clean / "train/fov/p1.png")
+    (clean / "train/fov/p1.png").unlink()
     (clean / "train/image/Thumbs.db").write_bytes(b"x")
-    only(clean, "warnings", "1 files are no images", "Thumbs.db")
-    (clean / "train/image/Thumbs.db").unlink()
+    alone, without = check_set(clean, progress=False).warnings
+    assert "1 files are no images" in alone and "Thumbs.db" in alone
+    assert "fov: 1 images have no file here (p1.png)" in without
 
 
 def test_missing_folders_and_parts(clean):
@@ -166,9 +163,7 @@ def moved(pixels: np.ndarray, quarter: int, mirror: bool) -> np.ndarray:
 @pytest.mark.parametrize(("quarter", "mirror"), [(quarter, mirror) for quarter in range(4) for mirror in (False, True)])
 def test_a_test_image_that_is_in_train_rotated_or_mirrored(quarter, mirror, clean):
     write(clean, "test", "copy", moved(image(2), quarter, mirror))
-    text = only(
-        clean, "problems", str(clean / "test/image/copy.png"), "is in train too", str(clean / "train/image/p2.png")
-    )
+    text = only(clean, "problems", "test/image/copy.png", "is in train too", "train/image/p2.png")
     assert ("mirrored" in text) == mirror
     assert ("rotated" in text) == (quarter in (1, 3) or (quarter == 2 and not mirror))
 
@@ -177,16 +172,15 @@ def test_a_test_image_that_is_in_train_at_another_size_twice(clean):
     write(clean, "train", "q", image(2)[:, ::-1])
     write(clean, "test", "copy", cv2.resize(moved(image(2), 1, True), (128, 128)), ".jpg")
     report = check_set(clean, progress=False)
-    assert len(report.problems) == 1 and "(and 1 more)" in report.problems[0]
-    assert len(report.warnings) == 1 and "train: 1 pairs of files show one photo" in report.warnings[0]
-    assert "p2.png and q.png" in report.warnings[0] and "photos.csv" in report.warnings[0]
+    (problem,), (warning,) = report.problems, report.warnings
+    assert "(and 1 more)" in problem and "train: 1 pairs of files show one photo" in warning
+    assert "p2.png and q.png" in warning and "photos.csv" in warning
 
 
 def test_different_images_are_far_from_the_threshold():
     prints = np.stack([fingerprint(image(seed)) for seed in range(40)])
     assert prints.shape == (40, 64, 64) and prints.dtype == np.float32
-    assert np.allclose(np.linalg.norm(prints.reshape(40, -1), axis=1), 1, atol=1e-4)
-    assert list(same_photo(prints)) == []
+    assert np.allclose(np.linalg.norm(prints, axis=(1, 2)), 1, atol=1e-4)
     copies = np.concatenate([prints, prints[7:8, ::-1], prints[7:8].transpose(0, 2, 1)])
     assert [found[:2] for found in same_photo(copies)] == [(7, 40), (7, 41), (40, 41)]
     assert list(same_photo(np.stack([fingerprint(image(1) * 0)] * 2))) == []  # black images are no copies

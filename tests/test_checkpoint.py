@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import errno
 import hashlib
-import itertools
 import os
 import pickle
 import shutil
@@ -42,30 +41,28 @@ def saved(tmp_path):
 
 
 def test_save_and_load_is_bit_equal_and_the_notes_are_kept(tmp_path):
-    path, model = tmp_path / "a b.pth", network()
+    path, model, about = tmp_path / "a b.pth", network(), {"model": "fast_attention_unet", "arguments": SMALL}
     notes = {"threshold": 0.42, "frame": {"kind": "resize", "size": [512, 512]}, "note": None}
-    save_model(path, model, "fast_attention_unet", SMALL, **notes)
+    save_model(path, model, *about.values(), **notes)
     loaded, told = load_model(path)
     assert not loaded.training and same_weights(loaded.state_dict(), model.state_dict())
-    assert told == {"format": CHECKPOINT_FORMAT, "model": "fast_attention_unet", "arguments": SMALL, **notes}
+    assert told == {"format": CHECKPOINT_FORMAT, **about, **notes}
     assert checkpoint.weights_id(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def test_a_checkpoint_with_styles_loads_as_its_default_or_the_one_asked_for(tmp_path):
-    arguments = {**SMALL, "styles": 2}
-    model = shaken(build_model("fast_attention_unet", **arguments)).eval()
-    styles = {"fine": [1.0, 0.0], "bold": [0.0, 1.0], "balanced": [0.5, 0.5]}
-    path, x = tmp_path / "checkpoint.pth", torch.rand(1, 3, 16, 16)
-    save_model(path, model, "fast_attention_unet", arguments, styles=styles, style="bold")
+def test_a_checkpoint_with_styles_loads_as_its_default_or_the_one_asked_for(styled, tmp_path):
+    content, x, path = torch.load(styled, weights_only=True), torch.rand(1, 3, 16, 16), tmp_path / "checkpoint.pth"
     with torch.no_grad():
-        every = model(x)
-        for style, expected in ((None, every[:, 1:]), ("fine", every[:, :1]), ("balanced", every.mean(1, True))):
-            loaded, notes = load_model(path, style)
-            assert torch.allclose(loaded(x), expected, atol=1e-5) and notes["style"] == (style or "bold")
-    with pytest.raises(UserError, match="--style thin: .*checkpoint.pth has fine, bold, balanced"):
-        load_model(path, "thin")
-    for style, shares in (("fine", [1.0]), ("bold", [1.0]), ("bold", [1.0, 0.0, 0.0]), ("bold", "x")):
-        save_model(path, model, "fast_attention_unet", arguments, styles={"bold": shares}, style=style)
+        every = build_model(content["model"], **content["arguments"]).eval()
+        every.load_state_dict(content["state_dict"])
+        a, b = every(x).split(1, 1)
+        for style, expected in ((None, (a + b) / 2), ("a", a), ("balanced", (a + b) / 2), ("b", b)):
+            loaded, notes = load_model(styled, style)
+            assert torch.allclose(loaded(x), expected, atol=1e-5) and notes["style"] == (style or "balanced")
+    with pytest.raises(UserError, match="--style thin: .*styled.pth has a, b, balanced"):
+        load_model(styled, "thin")
+    for style, shares in (("a", [1.0]), ("b", [1.0]), ("b", [1.0, 0.0, 0.0]), ("b", "x")):
+        torch.save({**content, "styles": {"b": shares}, "style": style}, path)
         with pytest.raises(UserError, match=f"checkpoint.pth: its style {style} does not fit its network"):
             load_model(path)
     with pytest.raises(UserError, match="--style fine: .*drive.pth has no styles"):
@@ -138,25 +135,22 @@ OTHERS = {"generator": network().state_dict(), "discriminator": {"weight": torch
         (b"", "an empty file"),
         (b"PK\x03\x04" * 99, "damaged, cut short"),
         (pickle.dumps([1, 2]), "not written by torch.save"),
-        (0.5, "cut short"),
         (b"<!DOCTYPE html>\n<html>", "an HTML page"),
-        (b"\x93NUMPY\x01\x00", r"a NumPy file; .*torch.save\(model.state_dict\(\), path\)"),
-        (b'\x40\0\0\0\0\0\0\0{"w": 1}', "a safetensors file; .*torch.save"),
+        (b"\x93NUMPY\x01\x00", "a NumPy file"),
+        (b'\x40\0\0\0\0\0\0\0{"w": 1}', "a safetensors file"),
         (b"\x08\x0a\x12\x07pytorch", "an ONNX file"),
-        (torch.nn.Linear(2, 2), r"a whole pickled network.*torch.nn.modules.linear.Linear\); .*torch.save"),
+        (torch.nn.Linear(2, 2), "a whole pickled network.*torch.nn.modules.linear.Linear"),
         ({"epoch": 3, "weights": None}, "holds keys epoch, weights and no weights"),
         (OTHERS, r"several networks \(generator, discriminator\)"),
         ({"state": 1, "model": 1, "optimizer": 1, "random": 1}, "train --resume needs; give .*checkpoint.pth"),
         (prefixed("student.", "teacher.")(AttentionUNet().state_dict()), "student.e1.* of another architecture"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_what_it_is(saved, content, said):
-    if isinstance(content, float):
-        os.truncate(saved, int(saved.stat().st_size * content))
-    else:
-        saved.write_bytes(content) if isinstance(content, bytes) else torch.save(content, saved)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, content, said):
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=f"checkpoint.pth: .*{said}"):
-        load_model(saved)
+        load_model(path)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +161,6 @@ def test_what_is_no_checkpoint_is_called_what_it_is(saved, content, said):
         (lambda c: c.update(model="unet"), "not one of this package.*register_model"),
         (lambda c: c.update(arguments={"depth": 3}), "depth"),
         (lambda c: c.update(arguments={**SMALL, "deepest": 16}), "another architecture than fast_attention_unet"),
-        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "another architecture.*extra"),
         (lambda c: c["state_dict"].pop("fine.0.1.running_var"), "another architecture.*fine.0.1.running_var"),
         (lambda c: c["state_dict"].update({"e1.conv1.weight": "x"}), "another architecture"),
         (lambda c: c["state_dict"]["head.weight"].flatten()[:1].fill_(float("nan")), "not finite"),
@@ -181,7 +174,7 @@ def test_a_checkpoint_that_is_incomplete_or_of_another_network_is_refused(saved,
         load_model(saved)
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0, 0.5])
 def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share):
     resource = pytest.importorskip("resource")
     before, limit = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -193,9 +186,6 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
-
-
-# ------------------------------------------------------------------------------------------------- going on with a run
 
 
 class Killed(BaseException):
@@ -286,7 +276,7 @@ def test_a_damaged_last_pth_or_one_of_another_config_is_named_and_nothing_is_cha
 
 def test_a_run_is_gone_on_with_by_its_own_config_where_there_is_one_and_never_overwritten(tiny_set, broken):
     before = (broken / LAST).read_bytes()
-    for changes in ({"batch_size": 16}, {"seed": 1}, {"model_arguments": {"width": 8}}):
+    for changes in ({"batch_size": 16}, {"model_arguments": {"width": 8}}):
         with pytest.raises(UserError, match=f"config has another {next(iter(changes))}"):
             go_on(config_of("fov", tiny_set, broken, **changes))
     with pytest.raises(UserError, match="holds no run to go on with"):
@@ -300,7 +290,7 @@ FULL = OSError(errno.ENOSPC, "No space left")
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("call", "number", "error", "said", "epochs"),
     [
         ("fsync", 1, FULL, r"checkpoint.pth: cannot be written \(No space left", 1),
         ("replace", 2, FULL, "last.pth: cannot be written", 1),
@@ -308,12 +298,13 @@ FULL = OSError(errno.ENOSPC, "No space left")
         ("replace", 5, KeyboardInterrupt(), "stopped in epoch 3 of 3, the epochs before it are saved", 2),
     ],
 )
-def test_a_run_that_cannot_save_stops_and_then_goes_on(tiny_set, broken, whole, monkeypatch, case):
-    call, number, error, said, epochs = case
-    count, real = itertools.count(1), getattr(os, call)
+def test_a_run_that_cannot_save_stops_and_then_goes_on(
+    tiny_set, broken, whole, monkeypatch, call, number, error, said, epochs
+):
+    real, last = getattr(os, call), iter(range(number - 1))
 
     def stop(*arguments):
-        if next(count) == number:
+        if next(last, None) is None:
             raise error
         return real(*arguments)
 
@@ -325,15 +316,11 @@ def test_a_run_that_cannot_save_stops_and_then_goes_on(tiny_set, broken, whole, 
     assert ends_equal(broken, whole["fov"])
 
 
-def test_wrapped_keys_of_a_checkpoint_load_and_weights_alone_are_said_to_lack_their_frame(tmp_path):
+def test_weights_alone_are_said_to_lack_their_frame(tmp_path):
     whole = torch.load(find_weights("tiny"), weights_only=True)
-    torch.save(whole["state_dict"], tmp_path / "alone.pth")
+    torch.save(prefixed("module.")(whole["state_dict"]), tmp_path / "alone.pth")
     (note,) = remarks(tmp_path / "alone.pth")
     assert "weights alone" in note and "512x512 is assumed" in note and remarks("tiny") == []
-    whole["state_dict"] = {f"module.{key}": value for key, value in whole["state_dict"].items()}
-    torch.save(whole, tmp_path / "wrapped.pth")
-    x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(load_model(tmp_path / "wrapped.pth")[0](x), load_model("tiny")[0](x))
 
 
 def test_more_epochs_go_on_after_the_end_and_fewer_are_refused(tiny_set, tmp_path):

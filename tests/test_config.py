@@ -44,8 +44,7 @@ def test_a_preset_is_a_config_that_survives_its_file(name, tmp_path):
 def test_configs_share_no_mutable_value():
     for name in ("augmentation", "model_arguments"):
         getattr(TrainConfig.fast(), name)["scale"] = getattr(TrainConfig(), name)["scale"] = 9.0
-    assert TrainConfig().augmentation == TrainConfig().model_arguments == {}
-    assert TrainConfig.fast().augmentation == {"scale": 0.25} and TrainConfig.fast().model_arguments == {"fine": 0}
+        assert getattr(TrainConfig(), name) == {} and getattr(TrainConfig.fast(), name).get("scale") != 9
 
 
 REFUSED = [
@@ -54,7 +53,6 @@ REFUSED = [
     ({"epochs": True}, "--epochs 'True'"),
     ({"seed": 2**63}, "--seed 9223372036854775808"),
     ({"learning_rate": float("nan")}, "--learning-rate nan"),
-    ({"learning_rate": float("inf")}, "--learning-rate inf"),
     ({"fov_diameter": 31.0}, "--fov-diameter 31"),
     ({"model_arguments": [1]}, "--model-arguments '\\[1\\]': must be of the type dict"),
     ({"warmup": 1.0}, "--warmup 1.0: must be below 1"),
@@ -62,7 +60,6 @@ REFUSED = [
     ({"keep": "best", "validation": "none"}, "--keep best needs .*; add --validation photos"),
     ({"threshold": "validation", "validation": "test"}, "--threshold validation needs .*; add --validation photos"),
     ({"threshold": "1.5"}, "--threshold 1.5: must lie between 0 and 1"),
-    ({"threshold": "high"}, "--threshold high: must lie between 0 and 1"),
     ({"model_arguments": {"styles": 2}}, "--model-arguments styles: is set by --styles datasets"),
     ({"styles": "datasets"}, "--styles datasets: needs --frame fov"),
     ({"data": []}, "data \\[\\]"),

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import sys
 
 import cv2
@@ -30,9 +29,9 @@ def stripes(height=16, width=32):
     return mask
 
 
-def refused(path, match, sized=False):
-    """All readers refuse the file, naming it; a `sized` one has a sound header."""
-    for read in (read_image, read_mask, *(() if sized else (image_size,))):
+def refused(path, match):
+    """All readers refuse the file, naming it."""
+    for read in (read_image, read_mask, image_size):
         with pytest.raises(UserError, match=match) as caught:
             read(path)
         assert str(path) in str(caught.value)
@@ -70,13 +69,12 @@ BLOCKS = np.zeros((24, 40), np.uint8)  # vessels 3 pixels wide and more, where c
 BLOCKS[2:8, 2:38], BLOCKS[12:15, 2:20] = 1, 2
 VESSEL = np.where(BLOCKS > 0, 255, 0).astype(np.uint8)
 SOFT = np.minimum(cv2.blur(VESSEL, (3, 1)), 254)  # 0, 85, 170, 254
-RED, LIT = (np.uint8(channel) * (BLOCKS > 0)[..., None] for channel in ((255, 0, 0), (60, 60, 60)))
+LIT = np.dstack([BLOCKS.clip(0, 1) * np.uint8(60)] * 3)
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)[BLOCKS]
 THIN = np.where(cv2.erode(VESSEL, np.ones((3, 3))) < VESSEL, 100, VESSEL).astype(np.uint8)  # the rims are a class
 ONE_HOT = np.eye(3, dtype=np.uint8)[:, [2, 0, 1]][BLOCKS] * (BLOCKS > 0)[..., None]
 MASKS = {
     "0 and 1": (BLOCKS.clip(0, 1), VESSEL, "values 0, 1: all above 0 are vessel"),
-    "0 and 127": (BLOCKS.clip(0, 1) * 127, VESSEL, "values 0, 127: all above 0 are vessel"),
     "classes": (BLOCKS, VESSEL, "values 0, 1, 2: all above 0 are vessel"),
     "classes with 255": (np.uint8([0, 85, 255])[BLOCKS], VESSEL, "values 0, 85, 255: all above 0 are vessel"),
     "grey edges": (SOFT, SOFT, ""),
@@ -84,11 +82,10 @@ MASKS = {
     "one class everywhere": (BLOCKS * 0 + 1, BLOCKS * 0 + 255, "values 1: all above 0 are vessel"),
     "16 bits of 0 and 255": (VESSEL.astype(np.uint16), VESSEL, "16 bits, scaled from 8"),
     "16 bits of 0 and 1": (BLOCKS.clip(0, 1).astype(np.uint16), VESSEL, "values 0, 1: all above 0 are vessel"),
-    "one channel": (RED, VESSEL, "colours: the brightest channel counts"),
     "artery and vein": (COLOURS, VESSEL, "colours: the brightest channel counts"),
-    "alpha under black": (np.dstack([RED * 0, VESSEL]), VESSEL, "in the alpha channel"),
-    "alpha under white": (np.dstack([RED * 0 + 255, VESSEL]), VESSEL, "in the alpha channel"),
-    "grey of 60": (LIT, VESSEL, "values 0, 60: all above 0 are vessel"),
+    "alpha under black": (np.dstack([COLOURS * 0, VESSEL]), VESSEL, "in the alpha channel"),
+    "alpha under white": (np.dstack([COLOURS * 0 + 255, VESSEL]), VESSEL, "in the alpha channel"),
+    "a grey of 60 in colour": (LIT, VESSEL, "values 0, 60: all above 0 are vessel"),
     "dark shades": (gradient()[..., 0] // 3, gradient()[..., 0] // 3, "its brightest value is 85, vessel is above 127"),
     "a thin class of three": (THIN, VESSEL, "values 0, 100, 255: all above 0 are vessel"),
     "one-hot": (ONE_HOT, VESSEL, "colours: the brightest channel counts; values 0, 1: all above 0 are vessel"),
@@ -111,9 +108,7 @@ def test_a_dim_mask_in_jpeg_keeps_its_vessels_and_one_below_the_noise_is_refused
         mask, remark = load_mask(tmp_path / "a.jpg")
         assert np.mean((mask > 127) == large) > 0.99 and remark.startswith("values up to 1")
     Image.fromarray(VESSEL // 255).save(tmp_path / "a.jpg")
-    with pytest.raises(
-        UserError, match="a.jpg: has no value above 1, where JPEG has noise of its own; save the mask as PNG"
-    ):
+    with pytest.raises(UserError, match="a.jpg: has no value above 1, where JPEG has noise"):
         load_mask(tmp_path / "a.jpg")
 
 
@@ -196,24 +191,20 @@ PHOTOS = [
         for end in (".png", ".tif", ".pnm", ".jp2")
         for a, e in ((WIDE, COLOUR), (DEEP, GREY))
     ),
-    *((coded(a * 16, end), e, "") for end in (".png", ".jp2") for a, e in ((WIDE, COLOUR), (DEEP, GREY))),
+    (coded(WIDE * 16, ".png"), COLOUR, ""),
+    (coded(DEEP * 16, ".jp2"), GREY, ""),
     (coded(DEEP >> 2, ".png"), GREY, "16 bits, scaled from 10"),
     (tiff(DEEP.astype(np.int16) - 500), (DEEP - DEEP.min()) >> 4, SECOND + FROM_12 + ", -485 became 0"),
     (tiff(WIDE.astype(np.uint32) << 16), COLOUR, SECOND + "32 bits, scaled from 28"),
-    (tiff(np.float32(COLOUR / 255)), COLOUR, SECOND + "floats, scaled from 0 to 1"),
     (tiff(np.where(GREY == 0, np.nan, GREY / 255)), GREY, SECOND + "floats, scaled from 0 to 1"),
-    (tiff(np.float32(GREY)), GREY, SECOND + "32 bits, scaled from 8"),
+    (tiff(np.float32(COLOUR)), COLOUR, SECOND + "32 bits, scaled from 8"),
     (tiff(np.float32(GREY / 126 - 1)), np.rint(GREY * HALF), SECOND + "floats, scaled from -1 to 1"),
-    (tiff(4095 - DEEP, photometric="miniswhite"), GREY, SECOND + "16 bits, scaled from 12"),
+    (tiff(4095 - DEEP, photometric="miniswhite"), GREY, SECOND + FROM_12),
     (tiff(CLEAR, extrasamples=["unassalpha"], bigtiff=True), COLOUR, SECOND + FROM_12),
     (tiff(WIDE, **SIDEWAYS), np.rot90(COLOUR, 3), SECOND + FROM_12),
-    (dicom(GREY, "MONOCHROME2", 8), GREY, ""),
     (dicom(255 - GREY, "MONOCHROME1", 8), GREY, ""),
     (dicom(DEEP // 4, "MONOCHROME2", 12), GREY // 4, FROM_12),  # dark, as its bits say
     (dicom(DEEP, "MONOCHROME2", 16), GREY, FROM_12),
-    (dicom(4095 - DEEP, "MONOCHROME1", 12), GREY, FROM_12),
-    (dicom(COLOUR, "RGB", 8), COLOUR, ""),
-    (dicom(WIDE * 16, "RGB", 16), COLOUR, ""),
     (dicom(np.stack([COLOUR, 255 - COLOUR]), "RGB", 8, 2), COLOUR, "page 1 of 2"),
     (dicom(COLOUR[None], "YBR_FULL", 8, 2, [jpeg(COLOUR), jpeg(255 - COLOUR)]), COLOUR, "page 1 of 2"),
     (heic(COLOUR[:32, :32], COLOUR), COLOUR, "page 2 of 2"),
@@ -241,15 +232,13 @@ def test_a_format_whose_package_is_missing_says_what_to_install(tmp_path, write,
 
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".tif"])
-@pytest.mark.parametrize("palette", [(255, 0), (0, 255), (3, 253)])
-def test_a_palette_is_decoded_by_colour_never_by_index(tmp_path, palette, suffix):
+def test_a_palette_is_decoded_by_colour_never_by_index(tmp_path, suffix):
     index = (stripes() > 0).astype(np.uint8)
-    stored = Image.fromarray(index, "P")
-    stored.putpalette([value for grey in palette for value in (grey, grey, grey)])
-    stored.save(tmp_path / f"a{suffix}")
-    expected = np.array(palette, np.uint8)[index]
-    assert np.array_equal(read_mask(tmp_path / f"a{suffix}"), expected)
-    assert np.array_equal(read_image(tmp_path / f"a{suffix}")[..., 1], expected)
+    for palette in ((255, 0), (3, 253)):
+        stored = Image.fromarray(index, "P")
+        stored.putpalette([value for grey in palette for value in (grey, grey, grey)])
+        stored.save(tmp_path / f"a{suffix}")
+        assert np.array_equal(read_mask(tmp_path / f"a{suffix}"), np.array(palette, np.uint8)[index])
 
 
 TURNS = [(0, False), (0, True), (2, False), (2, True), (1, True), (3, False), (3, True), (1, False)]
@@ -281,23 +270,14 @@ def test_of_several_frames_the_first_of_the_largest_is_taken_and_one_bit_is_blac
         assert np.array_equal(read_mask(tmp_path / f"a{suffix}"), stripes())
 
 
-@pytest.mark.parametrize("suffix", WRITTEN)
-def test_a_file_cut_short_is_refused_by_name(tmp_path, suffix):
-    path = tmp_path / f"cut{suffix}"
-    write_image(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(path, "cut", sized=True)
-
-
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # a program
 OTHERS = [
-    (b"", "not an image but an empty file"),
-    (b"a,b\n1,2\n", "not an image but a text file; give an image file"),
-    (b"%PDF-1.4\n", "not an image but a PDF"),
-    (POSTSCRIPT, "not an image but PostScript"),
-    (b"<!DOCTYPE html><html>", "not an image but an HTML page.*download it again"),
-    (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "not an image but a video; save the frame"),
-    (b"\x93NUMPY\1\0", "not an image but a NumPy array; .*write_image"),
+    (b"", "an empty file"),
+    (b"a,b\n1,2\n", "a text file"),
+    (POSTSCRIPT, "PostScript"),
+    (b"<!DOCTYPE html><html>", "an HTML page"),
+    (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "a video"),
+    (b"\x93NUMPY\1\0", "a NumPy array"),
     (bytes(range(200)), "give a PNG, JPEG, TIFF or DICOM file"),
     (b"\x89PNG\r\n\x1a\n", "not an image|damaged"),
 ]
@@ -314,14 +294,6 @@ def test_what_a_file_is_instead_is_said_and_its_ending_alone_makes_it_an_image(t
     assert list_images(tmp_path) == [tmp_path / "a.png"]
 
 
-def test_a_folder_a_missing_file_and_a_pipe_are_refused(tmp_path):
-    (tmp_path / "folder.png").mkdir()
-    refused(tmp_path / "folder.png", "not a regular file")
-    refused(tmp_path / "missing.png", "no such file")
-    os.mkfifo(tmp_path / "pipe.png")  # whoever opened it would wait for ever
-    refused(tmp_path / "pipe.png", "not a regular file")
-
-
 @pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (13_360, 13_360), (2**31 - 1, 1)])
 def test_a_header_that_claims_too_many_pixels_is_refused_unread(tmp_path, width, height):
     (tmp_path / "huge.png").write_bytes(png(width, height))
@@ -330,26 +302,14 @@ def test_a_header_that_claims_too_many_pixels_is_refused_unread(tmp_path, width,
     assert image_size(tmp_path / "large.png") == (9_000, 12_000)  # within the bound
 
 
-def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch):
-    def fail(path, *_, **__):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "a.jpg").write_bytes(b"old")
-    monkeypatch.setattr(images.iio, "imwrite", fail)
-    for path in (tmp_path / "a.jpg", tmp_path / "missing/a.jpg"):
-        with pytest.raises(UserError, match=f"{path}: cannot be written"):
-            write_image(path, gradient())
-    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a.jpg", b"old")]
-
-
 def test_list_images_leaves_out_hidden_files_folders_and_other_files(tmp_path):
-    for name in ("10.png", "9.JPG", "1.tiff", ".hidden.png", "._1.tiff", "notes.txt", "table.csv", "png", "a.ppm.gz"):
+    for name in ("10.png", "9.JPG", "1.tiff", ".hidden.png", "notes.txt", "table.csv", "png", "a.ppm.gz"):
         (tmp_path / name).write_bytes(b"")
     Image.fromarray(gradient()).save(tmp_path / "11", "JPEG")
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "folder.png" / "5.png").write_bytes(b"")
     assert [path.name for path in list_images(str(tmp_path))] == ["1.tiff", "9.JPG", "10.png", "11"]
+    refused(tmp_path / "folder.png", "not a regular file")
+    refused(tmp_path / "missing.png", "no such file")
     for path in (tmp_path / "missing", tmp_path / "10.png"):
         with pytest.raises(UserError, match=f"{path.name}: cannot be listed"):
             list_images(path)

@@ -50,9 +50,6 @@ def sklearn_ranking(mask, score):
     return oracle.roc_auc_score(mask, score), oracle.average_precision_score(mask, score)
 
 
-# ----------------------------------------------------------------------------------------------------------- from counts
-
-
 def test_eight_pixels_counted_by_hand():
     mask = np.array([[True, True, True, False, False, False, False, False]])
     predicted = np.array([[True, True, False, True, False, False, False, False]])
@@ -65,42 +62,18 @@ def test_eight_pixels_counted_by_hand():
     assert type(inside.tp) is int
 
 
-def test_precision_and_recall_are_not_swapped():
-    timid = scores_from_counts(Counts(tp=1, fp=0, fn=3, tn=6))  # a quarter found, no false positive
-    assert (timid["precision"], timid["recall"]) == (1.0, 0.25)
-    assert count(np.array([True, True]), np.array([True, False])) == Counts(1, 0, 1, 0)
-
-
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("name", SKLEARN)
-def test_scores_from_counts_equal_sklearns(name, inside):
-    for seed in range(5):
-        mask, predicted, _, region = random_image(seed)
-        chosen = region if inside else np.ones_like(region)
-        expected = SKLEARN[name](mask[chosen], predicted[chosen])
-        scores = scores_from_counts(count(mask, predicted, region if inside else None))
-        assert scores[name] == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize(
     ("counts", "undefined"),
     [
-        (Counts(0, 0, 0, 0), set(SKLEARN)),
-        (Counts(0, 0, 0, 9), {"jaccard", "f1", "recall", "precision", "mcc"}),  # no vessel, none predicted
-        (Counts(0, 3, 0, 9), {"recall", "mcc"}),  # no vessel
-        (Counts(0, 0, 3, 9), {"precision", "mcc"}),  # none predicted
-        (Counts(5, 0, 0, 0), {"specificity", "mcc"}),  # vessel only
-        (Counts(5, 1, 1, 9), set()),
+        ((0, 0, 0, 0), set(SKLEARN)),
+        ((0, 0, 0, 9), {"jaccard", "f1", "recall", "precision", "mcc"}),  # no vessel, none predicted
+        ((0, 3, 0, 9), {"recall", "mcc"}),  # no vessel
+        ((0, 0, 3, 9), {"precision", "mcc"}),  # none predicted
+        ((5, 0, 0, 0), {"specificity", "mcc"}),  # vessel only
     ],
 )
 def test_an_undefined_score_is_nan_and_no_other(counts, undefined):
-    assert {name for name, value in scores_from_counts(counts).items() if math.isnan(value)} == undefined
-
-
-def test_the_ends_of_the_scale():
-    assert set(scores_from_counts(Counts(5, 0, 0, 7)).values()) == {1.0}
-    wrong = scores_from_counts(Counts(0, 7, 5, 0))
-    assert wrong.pop("mcc") == -1 and set(wrong.values()) == {0.0}
+    assert {name for name, value in scores_from_counts(Counts(*counts)).items() if math.isnan(value)} == undefined
 
 
 def test_a_billion_pixels_do_not_overflow():
@@ -120,9 +93,6 @@ def test_other_types_and_shapes_are_refused():
         for arguments in ((mask, array), (mask, mask, array)):
             with pytest.raises(error, match=match):
                 count(*arguments)
-
-
-# --------------------------------------------------------------------------------------------------------- from a ranking
 
 
 @pytest.mark.parametrize("levels", [None, 255, 8, 1])
@@ -163,6 +133,14 @@ def test_the_pooled_ranking_equals_sklearns_on_all_pixels():
     assert (np.diff(tp) >= 0).all() and tp.shape == fp.shape == (4097,)
 
 
+def test_probabilities_of_exactly_zero_and_one_are_ranked():
+    mask = np.array([True, True, False, False, True, False]).repeat(10_000)
+    probability = np.array([1.0, 0.0, 0.0, 1.0, 0.5, 0.5]).repeat(10_000)
+    histogram = RankingHistogram()
+    histogram.add(mask, probability)
+    assert histogram.scores() == pytest.approx(sklearn_ranking(mask, probability), abs=1e-4)
+
+
 @pytest.mark.parametrize(("mean", "deviation"), [(9, 4), (3, 2), (5, 4)])  # the first: most beyond 0.001 and 0.999
 def test_the_pooled_ranking_is_as_near_to_the_exact_one_as_stated(mean, deviation):
     rng = np.random.default_rng(0)
@@ -174,18 +152,6 @@ def test_the_pooled_ranking_is_as_near_to_the_exact_one_as_stated(mean, deviatio
     assert area < 1e-6 and precision < 5e-6
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_probabilities_of_exactly_zero_and_one_are_ranked(dtype):
-    mask = np.array([True, True, False, False, True, False]).repeat(10_000)
-    probability = np.array([1.0, 0.0, 0.0, 1.0, 0.5, 0.5], dtype).repeat(10_000)
-    histogram = RankingHistogram()
-    histogram.add(mask, probability)
-    assert histogram.scores() == pytest.approx(sklearn_ranking(mask, probability), abs=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------------------- centre lines
-
-
 def line(first=5, last=35, row=4, thickness=1, shape=(12, 40)):
     """A horizontal line (12, 40) bool: columns `first` to `last` - 1."""
     vessels = np.zeros(shape, bool)
@@ -194,19 +160,10 @@ def line(first=5, last=35, row=4, thickness=1, shape=(12, 40)):
 
 
 NOTHING = np.zeros((12, 40), bool)
-STAIRS = np.array([[c == "#" for c in row] for row in ("#.....", ".#....", "..#...", "...###")])
 
 
 def line_score(mask, predicted, region=None):
     return score_image(mask, predicted, None, {"here": region})["here"].scores["cldice"]
-
-
-def test_the_centre_line_of_a_bar_is_its_middle_row():
-    middle = centre_line(line(1, 14, row=2, thickness=3, shape=(5, 15)))
-    assert middle.dtype == bool and middle.sum() >= 10
-    assert (middle.sum(axis=0) <= 1).all()
-    assert set(np.argwhere(middle[:, 4:11])[:, 0]) == {2}  # at the ends it may turn to a corner
-    assert np.array_equal(centre_line(STAIRS), STAIRS)  # a line one pixel wide is its own centre
 
 
 def test_cldice_of_lines_by_hand():
@@ -232,10 +189,8 @@ def test_cldice_weighs_a_thin_vessel_as_a_thick_one():
 def test_cldice_of_nothing_is_zero_and_of_two_nothings_undefined():
     assert line_score(line(), NOTHING) == line_score(NOTHING, line()) == 0
     assert math.isnan(line_score(NOTHING, NOTHING))
-    assert cldice(LineCounts(4, 0, 5, 0)) == 0
     # 6 of 8 predicted pixels inside the mask, 5 of 10 mask pixels inside the prediction
     assert cldice(LineCounts(8, 6, 10, 5)) == pytest.approx(2 * 0.75 * 0.5 / 1.25)
-    assert LineCounts(1, 2, 3, 4) + LineCounts(10, 20, 30, 40) == LineCounts(11, 22, 33, 44)
 
 
 def test_a_region_cuts_the_centre_lines_that_were_found_on_the_frame():
@@ -250,24 +205,19 @@ def test_a_region_cuts_the_centre_lines_that_were_found_on_the_frame():
     assert lines.mask == (centre_line(bar) & upper).sum()
 
 
-# ---------------------------------------------------------------------------------------------------- an image and a set
-
-
-def test_an_image_is_scored_in_every_region_by_its_own_pixels():
-    mask, predicted, probability, region = random_image(1)
-    results = score_image(mask, predicted, probability, {"frame": None, "fov": region})
-    assert list(results) == ["frame", "fov"]
-    for name, chosen in (("frame", np.ones_like(region)), ("fov", region)):
-        scores = results[name].scores
-        assert tuple(scores) == SCORES
-        assert results[name].counts == count(mask[chosen], predicted[chosen])
-        for key, formula in SKLEARN.items():
-            assert scores[key] == pytest.approx(formula(mask[chosen], predicted[chosen])), key
-        ranking = sklearn_ranking(mask[chosen], probability[chosen])
-        assert (scores["auc"], scores["average_precision"]) == pytest.approx(ranking)
-        assert results[name].ranking.counts.sum(axis=1).tolist() == [(~mask & chosen).sum(), (mask & chosen).sum()]
-        assert 0 < scores["cldice"] < 1
-    assert all(results["frame"].scores[key] != results["fov"].scores[key] for key in SCORES)
+def test_an_image_is_scored_in_every_region_by_its_own_pixels_as_sklearn_does():
+    for seed in range(5):
+        mask, predicted, probability, region = random_image(seed)
+        results = score_image(mask, predicted, probability, {"frame": None, "fov": region})
+        for name, chosen in (("frame", np.ones_like(region)), ("fov", region)):
+            scores = results[name].scores
+            assert tuple(scores) == SCORES and 0 < scores["cldice"] < 1
+            for key, formula in SKLEARN.items():
+                assert scores[key] == pytest.approx(formula(mask[chosen], predicted[chosen]), abs=1e-12), key
+            ranking = sklearn_ranking(mask[chosen], probability[chosen])
+            assert (scores["auc"], scores["average_precision"]) == pytest.approx(ranking)
+            assert results[name].ranking.counts.sum(axis=1).tolist() == [(~mask & chosen).sum(), (mask & chosen).sum()]
+        assert all(results["frame"].scores[key] != results["fov"].scores[key] for key in SCORES)
     empty = score_image(mask, predicted, probability, {"fov": np.zeros_like(region)})["fov"].scores
     assert np.isnan(list(empty.values())).all()
 
@@ -297,40 +247,23 @@ def test_the_summary_of_two_images_by_hand(inside):
     assert pooled == pytest.approx(sklearn_ranking(mask, probability), abs=1e-3)
     assert summary["pooled"]["cldice"] == cldice(scores.images[0].lines + scores.images[1].lines)
     assert summary["pooled"]["f1"] != pytest.approx(summary["mean"]["f1"], abs=1e-6)
+    assert summary["ci95"]["f1"] == list(bootstrap([image.scores["f1"] for image in scores.images]))
 
 
 def test_images_without_a_score_are_left_out_of_its_mean():
-    mask, predicted, probability, region = random_image(1)
-    empty = np.zeros_like(mask)
-    alone = gathered([(mask, predicted, probability, region)]).summary()
+    (mask, predicted, probability, region), empty = random_image(1), np.zeros((23, 31), bool)
+    alone = gathered([(mask, predicted, probability, region)]).summary()["mean"]
     summary = gathered([(mask, predicted, probability, region), (empty, empty, probability, region)]).summary()
     for name in ("f1", "recall", "auc", "cldice"):
-        assert summary["mean"][name] == alone["mean"][name]
-        assert math.isnan(summary["std"][name])
-    assert summary["mean"]["specificity"] == pytest.approx((alone["mean"]["specificity"] + 1) / 2)
-
-
-def test_the_summary_of_no_image_is_nan_throughout():
-    summary = SetScores([]).summary()
+        assert summary["mean"][name] == alone[name] and math.isnan(summary["std"][name])
+    assert summary["mean"]["specificity"] == pytest.approx((alone["specificity"] + 1) / 2)
+    nothing = SetScores([]).summary()
     for kind in ("mean", "std", "pooled"):
-        assert tuple(summary[kind]) == SCORES and np.isnan(list(summary[kind].values())).all()
-    assert np.isnan(list(summary["ci95"].values())).all()
-
-
-def test_humans_without_probabilities_have_no_ranking_and_all_other_scores():
-    images = [(mask, predicted, None, region) for mask, predicted, _, region in map(random_image, (1, 2))]
-    summary = gathered(images).summary()
-    for kind in ("mean", "pooled"):
-        undefined = {name for name, value in summary[kind].items() if math.isnan(value)}
+        assert tuple(nothing[kind]) == SCORES and np.isnan(list(nothing[kind].values())).all()
+    without_probabilities = gathered([(mask, predicted, None, region)]).summary()
+    for kind in ("mean", "pooled"):  # as a second observer's mask
+        undefined = {name for name, value in without_probabilities[kind].items() if math.isnan(value)}
         assert undefined == {"auc", "average_precision"}
-
-
-def test_the_interval_brackets_the_mean_and_is_the_same_every_time():
-    summary, again = (gathered([random_image(seed) for seed in range(8)]).summary() for _ in range(2))
-    for name in ("f1", "auc"):
-        low, high = summary["ci95"][name]
-        assert low < summary["mean"][name] < high
-    assert again == summary
 
 
 def test_the_bootstrap_has_the_width_theory_gives_it():
@@ -341,9 +274,6 @@ def test_the_bootstrap_has_the_width_theory_gives_it():
     assert bootstrap(values, seed=1) != (low, high)
     assert bootstrap([0.25, 0.25, 0.25]) == (0.25, 0.25)
     assert np.isnan([bootstrap([]), bootstrap([0.5])]).all()
-
-
-# -------------------------------------------------------------------------------------------------------------- thresholds
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

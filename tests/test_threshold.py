@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
+from test_train import tiny
 
 from retina_seg.analysis.threshold import best_on, choose, held_out_folds, threshold, threshold_curves
-from retina_seg.config import TrainConfig
 from retina_seg.inference.protocol import get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import THRESHOLDS
@@ -16,15 +16,9 @@ from retina_seg.utils import UserError, read_csv
 @pytest.fixture(scope="module")
 def runs(tiny_set, tmp_path_factory):
     """Two trainings of seconds that hold out one fold of two images each."""
-    folders = []
-    for fold in (0, 1):
-        folders.append(tmp_path_factory.mktemp("folds") / str(fold))
-        config = TrainConfig.fast(
-            **{"data": str(tiny_set), "output": str(folders[-1]), "validation": "photos", "held_out": 2, "fold": fold},
-            **{"model_arguments": {"width": 4, "deepest": 8, "fine": 4}, "fov_diameter": None, "size": 32},
-            **{"patches": 4, "epochs": 2, "precision": "float32"},
-        )
-        fit(config, progress=False)
+    folders = [tmp_path_factory.mktemp("folds") / str(fold) for fold in (0, 1)]
+    for fold, folder in enumerate(folders):
+        fit(tiny(tiny_set, folder, validation="photos", held_out=2, fold=fold), progress=False)
     return folders
 
 
