@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retina_seg.arguments import argument, build_parser, command, given_options
-from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
+from retina_seg.config import ENGINE_PRECISIONS, ENGINES, PRECISIONS, PRESETS, TrainConfig
 from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError, user_path
@@ -124,10 +124,11 @@ NETWORK = (
     argument("--tta", "test-time augmentation: mean over 8 orientations (default: off)", action="store_true"),
     STYLE,
     argument("--device", "cpu, cuda, …; auto: a GPU where there is one", "auto"),
+    argument("--engine", "auto: OpenVINO on processors, where it is installed", "auto", choices=ENGINES),
 )
-PRECISION = "float32 gives the same results everywhere, bfloat16 is faster"
-EXACT_NETWORK = (*NETWORK, argument("--precision", PRECISION, "float32", choices=PRECISIONS))
-EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
+PRECISION = "float32 gives the same results everywhere, bfloat16 and int8 are faster"
+EXACT_NETWORK = (*NETWORK, argument("--precision", PRECISION, "float32", choices=ENGINE_PRECISIONS))
+EXACT_NAMES = ("working_size", "tta", "style", "device", "engine", "precision")
 
 
 @command(
@@ -142,7 +143,7 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("--overwrite", "segment again what is done (default: skip it)", action="store_true"),
     THRESHOLD,
     *NETWORK,
-    argument("--precision", PRECISION, "auto", choices=PRECISIONS),
+    argument("--precision", PRECISION, "auto", choices=ENGINE_PRECISIONS),
 )
 def _predict(options: argparse.Namespace) -> int:
     from retina_seg.checkpoint import WEIGHTS, find_weights, weights_id
@@ -160,7 +161,8 @@ def _predict(options: argparse.Namespace) -> int:
         how = given_options(options, "output", "overwrite", "save")
         plan = plan_images(options.images, made_with=" ".join(made_with), **how)
         if not options.dry_run:
-            load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
+            how = given_options(options, "engine", "precision")
+            load = {**choices, "device": str(world.device(options.device)), **how}
             rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world)
     if not world.is_main:
         return 0
