@@ -374,16 +374,27 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 @command(
-    "write a network as an ONNX file, for programs without torch",
+    "write a network as an ONNX file, for programs without torch, or prepare weights for 8 bits",
     "export --weights general --output vessels.onnx",
     WEIGHTS,
-    argument("--output", "the file; its name ends in .onnx", required=True),
+    argument("--output", "the ONNX file; its name ends in .onnx"),
     STYLE,
+    argument("--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")),
+    argument("--precision", "of --engine openvino", choices=("int8",)),
+    argument("--data", "whose training images are measured for int8; several folders may be given", nargs="+"),
 )
 def _export(options: argparse.Namespace) -> None:
-    from retina_seg.inference.export import export
+    from retina_seg.inference.export import calibrate, export
     from retina_seg.runs import remarks
 
+    if options.engine == "openvino":
+        if options.precision is None or options.data is None or options.output or options.style:
+            raise UserError("--engine openvino: needs --precision int8 and --data, and takes no --output and --style")
+        path, count = calibrate(options.weights, options.data)
+        _say(f"written to {path}: ranges of activations on {count} images; predict uses them")
+        return
+    if options.output is None or options.precision or options.data:
+        raise UserError("--engine onnx: needs --output, and takes no --precision and --data")
     difference = export(options.weights, options.output, options.style)
     _say(*remarks(options.weights))
     _say(f"written to {options.output}; its probabilities differ from torch's by at most {difference:.1g}")
