@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retina_seg.arguments import argument, build_parser, command, given_options
-from retina_seg.config import PRECISIONS, PRESETS, TrainConfig
+from retina_seg.config import ENGINE_PRECISIONS, ENGINES, PRECISIONS, PRESETS, TrainConfig
 from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError, user_path
@@ -125,10 +125,11 @@ NETWORK = (
     argument("--tta", "test-time augmentation: mean over 8 orientations (default: off)", action="store_true"),
     STYLE,
     argument("--device", "cpu, cuda, …; auto: a GPU where there is one", "auto"),
+    argument("--engine", "auto: OpenVINO on processors, where it is installed", "auto", choices=ENGINES),
 )
-PRECISION = "float32 gives the same results everywhere, bfloat16 is faster"
-EXACT_NETWORK = (*NETWORK, argument("--precision", PRECISION, "float32", choices=PRECISIONS))
-EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
+PRECISION = "float32 gives the same results everywhere, bfloat16 and int8 are faster"
+EXACT_NETWORK = (*NETWORK, argument("--precision", PRECISION, "float32", choices=ENGINE_PRECISIONS))
+EXACT_NAMES = ("working_size", "tta", "style", "device", "engine", "precision")
 
 
 @command(
@@ -148,7 +149,7 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "precision")
     argument("--overwrite", "segment again what is done (default: skip it)", action="store_true"),
     THRESHOLD,
     *NETWORK,
-    argument("--precision", PRECISION, "auto", choices=PRECISIONS),
+    argument("--precision", PRECISION, "auto", choices=ENGINE_PRECISIONS),
 )
 def _predict(options: argparse.Namespace) -> int:
     from retina_seg.analysis.report import write_report
@@ -172,7 +173,8 @@ def _predict(options: argparse.Namespace) -> int:
         how = given_options(options, "output", "overwrite", "save")
         plan = plan_images(options.images, made_with=" ".join(made_with), **how)
         if not options.dry_run:
-            load = {**choices, "device": str(world.device(options.device)), "precision": options.precision}
+            how = given_options(options, "engine", "precision")
+            load = {**choices, "device": str(world.device(options.device)), **how}
             rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world, **measures)
     if not world.is_main:
         return 0
@@ -419,16 +421,27 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 @command(
-    "write a network as an ONNX file, for programs without torch",
+    "write a network as an ONNX file, for programs without torch, or prepare weights for 8 bits",
     "export --weights general --output vessels.onnx",
     WEIGHTS,
-    argument("--output", "the file; its name ends in .onnx", required=True),
+    argument("--output", "the ONNX file; its name ends in .onnx"),
     STYLE,
+    argument("--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")),
+    argument("--precision", "of --engine openvino", choices=("int8",)),
+    argument("--data", "whose training images are measured for int8; several folders may be given", nargs="+"),
 )
 def _export(options: argparse.Namespace) -> None:
-    from retina_seg.inference.export import export
+    from retina_seg.inference.export import calibrate, export
     from retina_seg.runs import remarks
 
+    if options.engine == "openvino":
+        if options.precision is None or options.data is None or options.output or options.style:
+            raise UserError("--engine openvino: needs --precision int8 and --data, and takes no --output and --style")
+        path, count = calibrate(options.weights, options.data)
+        _say(f"written to {path}: ranges of activations on {count} images; predict uses them")
+        return
+    if options.output is None or options.precision or options.data:
+        raise UserError("--engine onnx: needs --output, and takes no --precision and --data")
     difference = export(options.weights, options.output, options.style)
     _say(*remarks(options.weights))
     _say(f"written to {options.output}; its probabilities differ from torch's by at most {difference:.1g}")

@@ -13,6 +13,7 @@ from retina_seg.fov import LARGEST_SIDE
 from retina_seg.utils import UserError, read_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+ENGINES, ENGINE_PRECISIONS = ("auto", "torch", "openvino"), (*PRECISIONS, "int8")  # of inference
 GROUPS = {  # the first field of each group of options -> the group's title in the command's help
     "model": "data and network",
     "frame": "working frame and patches (frame fov only)",

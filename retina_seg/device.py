@@ -42,10 +42,14 @@ def has_bfloat16_units(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
         return False
+    return has_flag("amx_bf16", "avx512_bf16")
+
+
+def has_flag(*names: str) -> bool:
+    """Whether the processor has one of these extensions, as Linux names them; False on other systems."""
     # torch has no public question for this before 2.11; the kernel's own list is the same on every version
     info = Path("/proc/cpuinfo")
-    flags = info.read_text(errors="replace") if info.exists() else ""
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return not {*names}.isdisjoint(info.read_text(errors="replace").split()) if info.exists() else False
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -148,7 +152,7 @@ def git_commit() -> str | None:
 
 def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """What a figure depends on besides its config: versions, device, precision, threads, commit."""
-    packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "scikit-image")
+    packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "scikit-image", "openvino")
     versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -170,7 +170,7 @@ def test(
     model |= {"name": notes["model"], "parameters": count_parameters(segmenter.model), "style": what["style"]}
     model |= {"checkpoint": str(checkpoint if path else segmenter), "frame": segmenter.frame.to_dict()}
     speed = {"images_per_second": images_at_once(segmenter.device) / result["seconds"]}
-    speed |= environment(segmenter.device, segmenter.precision)
+    speed |= environment(segmenter.device, segmenter.precision) | {"engine": segmenter.engine}
     scores = {key: result[key] for key in ("frame", "fov", "second_observer", "images") if result[key]}
     value = Scores({"protocol": what, "model": model, **scores, "speed": speed})
     value.rankings = result["rankings"]

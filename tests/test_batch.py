@@ -90,7 +90,7 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
 def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_path):
     run(segmenter, [images], tmp_path / "out")
     assert [row["skipped"] for row in run(segmenter, [images], tmp_path / "out")] == [True] * 3
-    assert segmenter.network.calls == 3
+    assert segmenter.network.module.calls == 3
     (tmp_path / "out/b_vessels.png").unlink()
     write(images / "below/c.tif", 7)
     os.utime(images / "below/c.tif", (1e9, 1e9))  # another image, older than its maps
@@ -238,7 +238,7 @@ def test_links_odd_names_and_repeated_inputs(segmenter, images, tmp_path):
 def test_several_at_once_give_the_same_bytes_and_large_ones_take_turns(segmenter, tmp_path, monkeypatch):
     for number in range(6):
         write(tmp_path / f"images/{number}.png", number)
-    forward, running, most, made = segmenter.network.forward, [], {}, []
+    forward, running, most, made = segmenter.network.module.forward, [], {}, []
 
     def slow(x):
         running.append(1)
@@ -247,7 +247,7 @@ def test_several_at_once_give_the_same_bytes_and_large_ones_take_turns(segmenter
         running.pop()
         return forward(x)
 
-    segmenter.network.forward = slow
+    segmenter.network.module.forward = slow
     for case, count, large in (("alone", 1, 1 << 30), ("several", 3, 1 << 30), ("large", 3, 0)):
         monkeypatch.setattr(batch, "LARGE", large)
         run(segmenter, [tmp_path / "images"], tmp_path / case, jobs=count)

@@ -10,7 +10,8 @@ import torch
 from retina_seg.analysis import bench
 from retina_seg.checkpoint import save_model
 from retina_seg.data import list_pairs
-from retina_seg.inference.segmenter import Segmenter, image_batch
+from retina_seg.inference.engine import image_batch
+from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import build_model
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.test import score_pairs

@@ -1,20 +1,29 @@
-"""The network as it is fastest to use against the network itself."""
+"""The engines against the network itself, in every precision, from several threads, and where they cannot be used."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import shaken
+from conftest import noise, shaken
 from torch import nn
-from torch.nn import functional as F
 
 from retina_seg.inference import engine
+from retina_seg.inference.export import activation_ranges
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import build_model
 from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError
 
 CPU = torch.device("cpu")
-MODELS = [("attention_unet", {}), ("fast_attention_unet", {}), ("fast_attention_unet", {"fine": 0})]
+MODELS = [
+    ("attention_unet", {}),
+    ("fast_attention_unet", {}),
+    ("fast_attention_unet", {"fine": 0}),
+    ("fast_attention_unet", {"styles": 2}),
+]
+IMAGE = noise(96, 64, 3)
 
 
 def network_of(name, **arguments):
@@ -22,46 +31,117 @@ def network_of(name, **arguments):
     return shaken(build_model(name, **arguments))
 
 
-def count_fused(network):
-    return sum(isinstance(module, engine.FusedConv) for module in network.modules())
+@torch.inference_mode()
+def logits_of(model, image=IMAGE):
+    return model(engine.image_batch(image, CPU)).numpy()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "arguments"), MODELS)
-def test_the_inference_network_computes_the_same(name, arguments, precision):
+def test_both_engines_give_the_networks_logits(name, arguments, precision):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     model = network_of(name, **arguments)
-    network = engine.inference_network(model, CPU, precision)
-    if precision == torch.float32 and torch.backends.mkldnn.is_available():
-        assert count_fused(network) >= 8
-        assert not {type(module) for module in network.modules()} & {nn.ReLU, nn.Sigmoid, nn.BatchNorm2d}
-    x = torch.rand(2, 3, 48, 32).to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        expected = model(x)
-        limit = (1e-4 if precision == torch.float32 else 0.1) * float(expected.abs().max())
-        given = x.to(precision, copy=True)
-        for _ in range(2):  # results are written into tensors no longer needed, and the image is none of these
-            torch.testing.assert_close(network(given).float(), expected, rtol=0, atol=limit)
-        assert torch.equal(given, x.to(precision))
+    limit = (1e-4 if precision == torch.float32 else 0.1) * np.abs(logits_of(model)).max()
+    networks = engine.TorchNetwork(model, CPU, precision), engine.OpenvinoNetwork(model, precision, 1)
+    assert not [layer for layer in networks[0].module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for image in (IMAGE, noise(48, 104, 3), IMAGE):
+        for network in networks:
+            np.testing.assert_allclose(network(image), logits_of(model, image), rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("operation", ["missing", "another"])
-def test_where_torchs_operation_is_missing_or_another_nothing_is_fused(monkeypatch, operation):
-    def forward(self, x):
-        if operation == "missing":
-            raise AttributeError("no such operation")
-        return torch.conv2d(x, self.weight, self.bias, padding=self.settings[0])  # without the activation
+def test_openvino_computes_in_several_threads_at_once_and_gives_each_its_own_logits():
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    network = engine.OpenvinoNetwork(network_of("fast_attention_unet"), torch.float32, 3)
+    images = [noise(96, 64, 3, seed=seed) for seed in range(6)] * 4
+    expected = [network(image) for image in images]
+    with ThreadPoolExecutor(3) as pool:
+        for result, logits in zip(pool.map(network, images), expected, strict=True):
+            np.testing.assert_array_equal(result, logits)
+    (compiled,) = network.compiled.values()
+    assert compiled.get_property("NUM_STREAMS") == min(3, os.cpu_count()) and 1 <= len(network.idle[1]) <= 3
 
-    monkeypatch.setattr(engine.FusedConv, "forward", forward)
-    assert count_fused(engine.inference_network(network_of("attention_unet"), CPU, torch.float32)) == 0
+
+def ranges_of(model) -> engine.Ranges:
+    """The ranges on `IMAGE`."""
+    return activation_ranges(
+        Segmenter(model, ResizeFrame(96, 64), device="cpu", engine="torch", precision="float32"), [IMAGE]
+    )
 
 
-def test_nan_is_not_hidden_by_fusing():
+def test_in_8_bits_inputs_and_weights_are_those_rounded(monkeypatch):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    monkeypatch.setattr(engine, "has_bfloat16_units", lambda _: False)
+    model, name = network_of("fast_attention_unet"), "b1.0.conv1"
+    low, high = (8 * limit for limit in ranges_of(model)[name])  # coarse steps, so that they show
+    result = engine.OpenvinoNetwork(model, torch.int8, 1, {name: (low, high)})(IMAGE)
+    rounded = engine.fold_batch_norm(model)
+    layer = rounded.get_submodule(name)
+    largest = layer.weight.detach().abs().amax((1, 2, 3), keepdim=True)
+    layer.weight.data = (layer.weight / largest * 127).round() * largest / 127
+    layer.register_forward_pre_hook(lambda _, x: torch.fake_quantize_per_tensor_affine(x[0], high / 255, 0, 0, 255))
+    expected, exact = logits_of(rounded), logits_of(model)
+    assert low == 0 and np.abs(result - expected).max() < 0.1 * np.abs(exact - expected).max() > 0
+
+
+@pytest.mark.parametrize("fault", ["an operation that is not translated", "another result", "NaN"])
+def test_where_openvino_cannot_compute_the_network_torch_does_unless_it_was_asked_for(fault, monkeypatch):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     model = network_of("fast_attention_unet")
-    nn.init.constant_(model.e1.conv1.weight, 3e38)  # finite, as `load_model` asks, but sums are not; a ReLU follows
-    segmenter = Segmenter(model, ResizeFrame(64, 64), device="cpu", precision="float32")
-    assert count_fused(segmenter.network) == 0
-    with pytest.raises(UserError, match="NaN"):
-        segmenter(np.full((64, 64, 3), 200, np.uint8), everywhere=True)
+    if fault == "NaN":
+        nn.init.constant_(model.e1.conv1.weight, 3e38)  # finite, as `load_model` asks, but sums are not; a ReLU follows
+    elif fault == "another result":
+        monkeypatch.setitem(engine.LIMITS, torch.float32, 0.0)
+    else:
+        model.pool = nn.AvgPool2d(2)
+    how = {"frame": ResizeFrame(64, 64), "device": "cpu", "precision": "float32"}
+    with pytest.raises(UserError, match="--engine openvino: .*take --engine torch"):
+        _ = Segmenter(model, engine="openvino", **how).network
+    segmenter = Segmenter(model, **how)
+    assert segmenter.engine == "openvino" and isinstance(segmenter.network, engine.TorchNetwork)
+    assert segmenter.engine == "torch"
+    if fault == "NaN":
+        with pytest.raises(UserError, match="NaN"):
+            segmenter(IMAGE, everywhere=True)
+
+
+def test_the_engine_is_chosen_by_name_and_by_what_there_is(monkeypatch):
+    own, other, gpu = network_of("attention_unet"), nn.Conv2d(3, 1, 1), torch.device("cuda")
+    ranges, choose = {"e2.conv.conv.0": (0.0, 1.0)}, engine.choose_engine
+    monkeypatch.setattr(engine, "has_flag", lambda *_: True)
+    monkeypatch.setattr(engine, "choose_precision", lambda name, _: name)
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _: "installed")
+    assert choose("auto", "auto", CPU, own, None) == ("openvino", "auto")
+    assert (
+        choose("auto", "auto", CPU, own, ranges) == choose("auto", "int8", CPU, own, ranges) == ("openvino", torch.int8)
+    )
+    assert choose("auto", "bfloat16", CPU, own, ranges) == ("openvino", "bfloat16")
+    assert choose("torch", "auto", CPU, own, ranges) == choose("auto", "auto", gpu, own, ranges) == ("torch", "auto")
+    assert choose("auto", "auto", CPU, other, None) == ("torch", "float32")
+    for refused in (("int", "auto", CPU, own, None), ("openvino", "auto", CPU, other, None)):
+        with pytest.raises(
+            UserError, match="--engine (int: choose one of|openvino: computes networks of this package)"
+        ):
+            choose(*refused)
+    for name, given in (("torch", ranges), ("auto", None)):
+        with pytest.raises(UserError, match="--precision int8: needs .*retina-seg export --precision int8"):
+            choose(name, "int8", CPU, own, given)
+    monkeypatch.setattr(engine, "has_flag", lambda *_: False)
+    assert choose("auto", "auto", CPU, own, ranges) == ("openvino", "auto")
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _: None)
+    assert choose("auto", "auto", CPU, own, ranges) == ("torch", "auto")
+    with pytest.raises(UserError, match=r"not installed; pip install .retina_seg\[openvino\]"):
+        choose("openvino", "auto", CPU, own, None)
+
+
+def test_a_network_that_changed_is_not_computed_in_8_bits_by_its_old_ranges(monkeypatch):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    monkeypatch.setattr(engine, "has_flag", lambda *_: True)
+    model = network_of("fast_attention_unet")
+    segmenter = Segmenter(model, ranges=ranges_of(model), device="cpu", frame=ResizeFrame(64, 64))
+    before = segmenter(IMAGE, everywhere=True)
+    assert segmenter.precision is torch.int8
+    model.head.bias.data += 1
+    assert not np.array_equal(segmenter(IMAGE, everywhere=True), before) and segmenter.precision is not torch.int8
 
 
 @pytest.mark.parametrize("name", ["attention_unet", "fast_attention_unet"])
@@ -70,16 +150,6 @@ def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
     with pytest.raises(ValueError, match="evaluation mode"):
         engine.fold_batch_norm(model.train())
     before = {key: value.clone() for key, value in model.eval().state_dict().items()}
-    x = torch.rand(2, 3, 48, 32)
-    with torch.inference_mode():
-        expected, result = model(x), engine.fold_batch_norm(model)(x)
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    expected, result = logits_of(model), logits_of(engine.fold_batch_norm(model))
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_channels_last_shuffles_are_pixel_shuffles_of_reordered_channels(channels):
-    small, large = torch.rand(2, 4 * channels, 3, 5), torch.rand(2, channels, 6, 10)
-    order = engine.shuffle_order(4 * channels)
-    assert torch.equal(engine.ChannelsLastShuffle()(small[:, order]), F.pixel_shuffle(small, 2))
-    assert torch.equal(engine.ChannelsLastUnshuffle()(large), F.pixel_unshuffle(large, 2)[:, order])

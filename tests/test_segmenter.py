@@ -36,7 +36,7 @@ def small_network() -> FastAttentionUNet:
 
 
 def small_segmenter(frame=FovFrame(90.0), **options) -> Segmenter:  # noqa: B008
-    return Segmenter(small_network(), frame, precision="float32", device="cpu", **options)
+    return Segmenter(small_network(), frame, precision="float32", device="cpu", engine="torch", **options)
 
 
 def dark_segmenter(frame=ResizeFrame(), **options) -> Segmenter:  # noqa: B008
@@ -81,7 +81,7 @@ def test_each_disc_of_a_sheet_is_segmented_on_its_own():
     sheet = np.where((left | right)[..., None], (x % 60)[..., None] + np.array([120, 60, 20]), 2).astype(np.uint8)
     segmenter = small_segmenter()
     calls = []
-    segmenter.network.register_forward_hook(lambda *_: calls.append(1))
+    segmenter.network.module.register_forward_hook(lambda *_: calls.append(1))
     probability = segmenter(sheet)
     assert len(calls) == 2
     discs = find_discs(sheet)
@@ -97,7 +97,7 @@ def test_scaling_brings_thin_lines_back_to_their_place():
     probability = segmenter(image)
     assert probability[203, 100] > 0.9 and probability[150, 100] < 0.1
     assert 6 <= (probability[:, 200] > 0.5).sum() <= 10
-    segmenter.network.register_forward_hook(lambda _, __, logits: logits * np.inf)
+    segmenter.network.module.register_forward_hook(lambda _, __, logits: logits * np.inf)
     assert np.isfinite(segmenter(image)).all()  # clamped before they are interpolated
 
 
@@ -118,7 +118,7 @@ def test_an_image_without_a_border_is_segmented_to_its_edges():
 def test_a_working_size_overrides_the_frame(image, frame, side, expected):
     segmenter = dark_segmenter(frame, working_size=side)
     segmenter(image, np.ones(image.shape[:2], bool))
-    assert max(segmenter.network.input.shape) == pytest.approx(expected, abs=4)
+    assert max(segmenter.network.module.input.shape) == pytest.approx(expected, abs=4)
 
 
 def test_larger_images_are_seen_half_way_up_to_a_bound():
@@ -126,7 +126,7 @@ def test_larger_images_are_seen_half_way_up_to_a_bound():
     widths = []
     for side in (50, 135, 400):
         segmenter(np.full((side, side, 3), 90, np.uint8))
-        widths.append(int((segmenter.network.input > 0).any(dim=1).any(dim=1).sum()))  # lit columns
+        widths.append(int((segmenter.network.module.input > 0).any(dim=1).any(dim=1).sum()))  # lit columns
     assert widths == [60, 90, 120]
 
 
@@ -150,7 +150,7 @@ def test_tiles_give_the_prediction_of_the_whole_image():
     whole = small_segmenter(FovFrame(600.0), tile=4096)
     tiles = small_segmenter(FovFrame(600.0), tile=2 * whole.model.receptive_field + 160)
     calls = []
-    tiles.network.register_forward_hook(lambda *_: calls.append(1))
+    tiles.network.module.register_forward_hook(lambda *_: calls.append(1))
     np.testing.assert_allclose(tiles(image), whole(image), atol=1e-4)
     assert len(calls) > 3
 

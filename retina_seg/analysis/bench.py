@@ -27,7 +27,8 @@ from retina_seg.checkpoint import load_model
 from retina_seg.config import TrainConfig
 from retina_seg.data import Pair, list_pairs
 from retina_seg.device import environment, has_bfloat16_units, memory_kept, training_layout
-from retina_seg.inference.segmenter import Segmenter, image_batch
+from retina_seg.inference.engine import image_batch
+from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import AttentionUNet, build_model
 from retina_seg.optim import make_optimizer
@@ -126,14 +127,8 @@ def timed(make: Callable[[], Call]) -> float:
 
 def forward(segmenters: Segmenters, size: int) -> Task:
     """A forward pass on an image (size, size), its probability map brought to the processor's memory."""
-    same = segmenters[SAME]
-    batch = image_batch(synthetic_image(0, size, size).image, same.device).to(same.precision)
-
-    def once(network: nn.Module) -> None:
-        with torch.inference_mode():
-            torch.sigmoid(network(batch).float()).cpu()
-
-    calls = {name: partial(once, segmenter.network) for name, segmenter in segmenters.items()}
+    same, image = segmenters[SAME], synthetic_image(0, size, size).image
+    calls: dict[str, Call] = {name: partial(segmenter.network, image) for name, segmenter in segmenters.items()}
     baseline = partial(baseline_forward, same.model, size, same.device)
     return "forward", 1, {KEPT: baseline(), **calls}, baseline
 

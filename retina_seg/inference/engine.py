@@ -1,48 +1,85 @@
-"""A network as it is fastest to use: the same function of an image, up to rounding, with fewer passes over memory.
+"""A network as it is fastest to use: the same function of an image, up to rounding, by one of two engines.
 
-`inference_network` turns a trained network into one that cannot be trained. Batch normalisation is folded into the
-convolution before it. On a processor, where the time between convolutions is that of memory, activations, sums and
-products are fused with convolutions: they are taken while the convolution's result is still in the cache.
+torch runs on every device. OpenVINO (the extra "openvino") runs the networks of this package on processors, and in 8 bits
+where the range of their activations is known (`export.calibrate`).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import operator
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from retina_seg.model import AttentionGate, AttentionUNet, FastAttentionUNet, FinePath, ResidualBlock
+from retina_seg.checkpoint import weights_id
+from retina_seg.config import ENGINES
+from retina_seg.device import choose_precision, has_bfloat16_units, has_flag
+from retina_seg.model import AttentionUNet, FastAttentionUNet, check_multiple
+from retina_seg.utils import UserError, read_json
+
+Ranges = dict[str, tuple[float, float]]  # name of a convolution -> least and greatest value of its input
+CPU = torch.device("cpu")
+HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # OpenVINO's names
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.int8: 0.3}  # of a difference, share of the largest logit
 
 
-def inference_network(model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
-    """A copy of `model` for inference, in evaluation mode: channels last, weights, input and output in `precision`.
+def is_own(model: nn.Module) -> bool:
+    """Whether `model` is a network of this package."""
+    return isinstance(model, (AttentionUNet, FastAttentionUNet))
 
-    In the networks of this package batch normalisation is folded into convolutions. On a processor their convolutions
-    are fused (`fuse_convolutions`) where torch can do so with the same result.
+
+def choose_engine(
+    engine: str, precision: str, device: torch.device, model: nn.Module, ranges: Ranges | None
+) -> tuple[str, torch.dtype]:
+    """The engine, "torch" or "openvino", and precision that are asked for.
+
+    "auto" is OpenVINO for networks of this package on a processor, where it is installed; int8 where OpenVINO is used,
+    there are `ranges`, and the processor has units for it; float32 for networks that are not of this package.
+
+    Raises `UserError`: there is no such engine or precision, or it cannot be had here.
     """
-    network = copy.deepcopy(model).eval()
-    own = model if isinstance(model, (AttentionUNet, FastAttentionUNet)) else None
-    network = (fold_batch_norm(network) if own else network).to(device, precision, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if device.type != "cpu" or own is None:
-        return network
-    fused = fuse_convolutions(copy.deepcopy(network))
-    return fused if _same_on_noise(fused, network, own.stride, precision) else network
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    installed, able = importlib.util.find_spec("openvino") is not None, device.type == "cpu" and is_own(model)
+    if engine == "openvino" and not able:
+        raise UserError("--engine openvino: computes networks of this package on a processor; take --engine torch")
+    if engine == "openvino" and not installed:
+        raise UserError('--engine openvino: is not installed; pip install "retina_seg[openvino]"')
+    engine = "openvino" if engine != "torch" and installed and able else "torch"
+    int8 = engine == "openvino" and bool(ranges) and has_flag("avx512_vnni", "avx_vnni", "amx_int8")
+    if precision == "int8" and not int8:
+        how = "weights prepared by retina-seg export --precision int8, OpenVINO, and a processor with VNNI or AMX"
+        raise UserError(f"--precision int8: needs {how}; take --precision auto")
+    if int8 and precision in ("auto", "int8"):
+        return engine, torch.int8
+    return engine, choose_precision("float32" if precision == "auto" and not is_own(model) else precision, device)
 
 
-@torch.inference_mode()
-def _same_on_noise(fused: nn.Module, network: nn.Module, stride: int, precision: torch.dtype) -> bool:
-    """Whether `fused` runs here and gives what `network` gives for noise, all of it finite."""
-    noise = torch.rand(1, 3, 4 * stride, 4 * stride, generator=torch.Generator().manual_seed(0)).to(precision)
-    expected = network(noise).float()
-    try:
-        result = fused(noise).float()
-    except (AttributeError, RuntimeError, TypeError):  # torch without the operation, or with another of its name
-        return False
-    limit = (1e-4 if precision == torch.float32 else 0.1) * float(expected.abs().max())
-    return bool(((result - expected).abs() <= limit).all())  # False for NaN
+def ranges_file(weights: Path) -> Path:
+    """Where the ranges of the checkpoint file `weights` lie: beside it."""
+    return weights.with_suffix(".int8.json")
+
+
+def load_ranges(weights: Path) -> Ranges | None:
+    """The ranges that `export.calibrate` wrote for the checkpoint file `weights`; None where it wrote none for these."""
+    path = ranges_file(weights)
+    value = read_json(path) if path.exists() else {}
+    return value["ranges"] if value.get("weights_id") == weights_id(weights) else None
+
+
+def image_batch(image: np.ndarray, device: torch.device) -> Tensor:
+    """(H, W, 3) uint8 RGB -> (1, 3, H, W) float32 BGR in [0, 1], channels last, on `device`."""
+    batch = torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_RGB2BGR)).to(device)
+    return batch.permute(2, 0, 1).unsqueeze(0).float() / 255  # a permuted image is in channels-last order already
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
@@ -63,141 +100,124 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return folded
 
 
-class FusedConv(nn.Module):
-    """A convolution and what follows it in one call of oneDNN: x (N, in, H, W) -> a(conv(x)), (N, out, H, W).
+class TorchNetwork:
+    """`model` as it is now, by torch: (H, W, 3) uint8 RGB -> logits (1, styles, H, W) float32.
 
-    With a second tensor b (N, out, H, W): `plus` gives a(conv(x) + b), written into b; `times` gives a(conv(x) b). The
-    operation is the one that `torch.compile` uses on processors. Its ReLU makes 0 of NaN.
+    Channels last, in `precision`; in the networks of this package batch normalisation is folded into convolutions.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+        network = copy.deepcopy(model).eval()
+        network = fold_batch_norm(network) if is_own(model) else network
+        self.module: nn.Module = network.to(device, precision, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device, self.precision = device, precision
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return self.module(image_batch(image, self.device).to(self.precision)).float().cpu().numpy()
+
+
+class OpenvinoNetwork:
+    """`model`, one of this package, as it is now, by OpenVINO: as `TorchNetwork`, for several threads at once.
 
     Args:
-        convolution: its settings, weights and bias, in their precision.
-        activation: a, "relu", "sigmoid" (not for `plus` and `times`), or "none".
-        weights: (weight, bias) instead of the convolution's own.
+        precision: int8 rounds the convolutions in `ranges` to 8 bits; the others are in bfloat16 where there are units.
+        threads: of the processor. A call takes as many as torch has in its thread, so that several may share them.
+
+    Raises `UserError`: the network is changed in a way that is not translated, or OpenVINO computes something else.
     """
 
-    def __init__(self, convolution: nn.Conv2d, activation: str = "none", weights: tuple | None = None) -> None:
-        super().__init__()
-        c = convolution
-        weight, bias = weights or (c.weight, c.bias)
-        self.register_buffer("weight", weight.detach().contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.settings = (list(c.padding), list(c.stride), list(c.dilation), c.groups)
-        self.activation = activation
-        self.after: tuple = (1.0, None if activation == "none" else activation, [], None)  # of a second tensor
+    def __init__(self, model: nn.Module, precision: torch.dtype, threads: int, ranges: Ranges | None = None) -> None:
+        bfloat16 = precision is torch.bfloat16 or (precision is torch.int8 and has_bfloat16_units(CPU))
+        self.hint, self.threads = HINTS[torch.bfloat16 if bfloat16 else torch.float32], threads
+        folded = fold_batch_norm(copy.deepcopy(model).eval())
+        self.graph = openvino_graph(folded, (ranges or {}) if precision is torch.int8 else {})
+        self.compiled, self.idle = dict[int, Any](), dict[int, list[Any]]()  # by the threads of a call
+        self.lock = threading.Lock()
+        side = 4 * model.stride  # type: ignore[operator]
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        expected = TorchNetwork(model, CPU, torch.float32)(noise)
+        difference = np.abs(self(noise) - expected).max() / np.abs(expected).max()
+        if not difference <= LIMITS[precision]:  # nor where torch gives NaN, which a ReLU may hide
+            raise UserError(f"--engine openvino: differs from torch by {difference:.2g}; take --engine torch")
 
-    def forward(self, x: Tensor) -> Tensor:
-        operation = torch.ops.mkldnn._convolution_pointwise
-        return operation(x, self.weight, self.bias, *self.settings, self.activation, [], "")
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        threads = torch.get_num_threads()
+        idle = self.idle.setdefault(threads, [])
+        request = idle.pop() if idle else self._new_request(threads)
+        logits = request.infer([cv2.cvtColor(image, cv2.COLOR_RGB2BGR)[None]])[0].copy()
+        idle.append(request)
+        return logits
 
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        operation = torch.ops.mkldnn._convolution_pointwise_.binary
-        return operation(other, x, self.weight, self.bias, *self.settings, "add", *self.after)
+    def _new_request(self, threads: int) -> Any:
+        import openvino
 
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        operation = torch.ops.mkldnn._convolution_pointwise.binary
-        return operation(x, other, self.weight, self.bias, *self.settings, "mul", *self.after)
-
-
-class FusedResidualBlock(nn.Module):
-    """A folded `ResidualBlock`; it writes its result into its input."""
-
-    def __init__(self, block: ResidualBlock) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = FusedConv(block.conv1, "relu"), FusedConv(block.conv2, "relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2.plus(self.conv1(x), x)
-
-
-class FusedConcatConv(nn.Module):
-    """A convolution of a (N, A, H, W) and b (N, B, H, W) without concatenating them: the sum of a convolution of each."""
-
-    def __init__(self, convolution: nn.Conv2d, a_channels: int, activation: str = "none") -> None:
-        super().__init__()
-        self.conv_a = FusedConv(convolution, "none", (convolution.weight[:, :a_channels], convolution.bias))
-        self.conv_b = FusedConv(convolution, activation, (convolution.weight[:, a_channels:], None))
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.conv_b.plus(b, self.conv_a(a))
+        with self.lock:
+            if threads not in self.compiled:
+                streams = max(1, self.threads // threads)  # calls side by side
+                counts = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * threads}
+                how = {"INFERENCE_PRECISION_HINT": self.hint, **counts}
+                self.compiled[threads] = openvino.compile_model(self.graph, "CPU", how)
+        return self.compiled[threads].create_infer_request()
 
 
-class FusedGate(nn.Module):
-    """A folded `AttentionGate`."""
+def openvino_graph(model: nn.Module, ranges: Ranges) -> Any:
+    """The OpenVINO model of a folded network: (1, H, W, 3) uint8 BGR -> logits (1, styles, H, W) float32.
 
-    def __init__(self, gate: AttentionGate) -> None:
-        super().__init__()
-        convolutions: list[Any] = [gate.Wg[0], gate.Ws[0], gate.output[0], gate.Wv[0]]
-        query, key, weights, value = convolutions
-        self.query, self.key = FusedConv(query), FusedConv(key, "relu")
-        self.weights, self.value = FusedConv(weights, "sigmoid"), FusedConcatConv(value, query.in_channels)
+    Input and weights of the convolutions in `ranges` are rounded to 8 bits, weights for each output channel by itself.
 
-    def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
-        weights = self.weights(self.key.times(skip, self.query(gate)))
-        value = self.value(gate, skip)
-        return value.addcmul_(value, weights)
-
-
-class FusedFinePath(nn.Module):
-    """A folded `FinePath`."""
-
-    def __init__(self, path: FinePath) -> None:
-        super().__init__()
-        layers: Any = path
-        first, last = layers[0][0], layers[1]
-        self.first, self.last = FusedConcatConv(first, first.in_channels - 3, "relu"), FusedConv(last)
-
-    def forward(self, features: Tensor, image: Tensor) -> Tensor:
-        return self.last(self.first(features, image))
-
-
-class ChannelsLastShuffle(nn.Module):
-    """Pixel-shuffle by 2 of channels in `shuffle_order`, which are copied in runs: (N, 4 C, H, W) -> (N, C, 2H, 2W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        runs = x.permute(0, 2, 3, 1).reshape(n, h, w, 2, c // 2).transpose(2, 3)
-        return runs.reshape(n, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
-
-
-class ChannelsLastUnshuffle(nn.Module):
-    """The reverse of `ChannelsLastShuffle`: (N, C, 2H, 2W) -> (N, 4 C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        runs = x.permute(0, 2, 3, 1).reshape(n, h // 2, 2, w // 2, 2 * c).transpose(2, 3)
-        return runs.reshape(n, h // 2, w // 2, 4 * c).permute(0, 3, 1, 2)
-
-
-def shuffle_order(channels: int) -> list[int]:
-    """`nn.PixelShuffle(2)`'s channels, ordered (channel, row, column), in the order (row, column, channel)."""
-    return torch.arange(channels).view(-1, 4).T.flatten().tolist()
-
-
-def fuse_convolutions(model: nn.Module) -> nn.Module:
-    """`model`, from `fold_batch_norm`, with its parts replaced in place by the fused modules above.
-
-    Their operation is private to torch and may change: `inference_network` tries the result before it is used.
+    Raises `UserError`: the network has a layer or operation that is not translated here.
     """
-    if isinstance(model, FastAttentionUNet):
-        convolutions: list[Any] = [model.stem[0], model.head]
-        stem, head = convolutions
-        order = shuffle_order(head.out_channels)
-        stem.weight = nn.Parameter(stem.weight[:, shuffle_order(stem.in_channels)])
-        head.weight, head.bias = nn.Parameter(head.weight[order]), nn.Parameter(head.bias[order])
-        model.unshuffle, model.shuffle = ChannelsLastUnshuffle(), ChannelsLastShuffle()
-    activations = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid"}
-    fused = {ResidualBlock: FusedResidualBlock, AttentionGate: FusedGate, FinePath: FusedFinePath, nn.Conv2d: FusedConv}
-    for name, child in list(model.named_children()):
-        if type(child) in fused:
-            setattr(model, name, fused[type(child)](child))
-        elif isinstance(child, nn.Sequential) and any(type(layer) in activations for layer in child):
-            layers: list[nn.Module] = []
-            for layer in child:
-                if type(layer) in activations and layers and isinstance(layers[-1], nn.Conv2d):
-                    layers[-1] = FusedConv(layers[-1], activations[type(layer)])
-                elif not isinstance(layer, nn.Identity):  # where a normalisation was
-                    layers.append(layer)
-            setattr(model, name, nn.Sequential(*layers))
+    import openvino
+    from openvino import opset14 as ops
+
+    layers = dict(model.named_modules())
+
+    def rounded(x: Any, low: Any, high: Any, levels: int) -> Any:
+        return ops.fake_quantize(x, *map(np.float32, (low, high, low, high)), levels)
+
+    def convolution(layer: Any, x: Any) -> Any:
+        weight, padding = layer.weight.detach().numpy(), list(layer.padding)
+        if layer in limits:
+            largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+            x, weight = rounded(x, *limits[layer], 256), rounded(weight, -largest, largest, 255)
+        y = ops.convolution(x, weight, list(layer.stride), padding, padding, list(layer.dilation))
+        return y if layer.bias is None else ops.add(y, layer.bias.detach().view(1, -1, 1, 1).numpy())
+
+    def upsample(layer: Any, x: Any) -> Any:
+        how = {"coordinate_transformation_mode": "align_corners" if layer.align_corners else "half_pixel"}
+        return ops.interpolate(x, np.full(2, 2, np.float32), "linear_onnx", "scales", axes=np.array([2, 3]), **how)
+
+    limits = {layers[name]: limit for name, limit in ranges.items()}
+    translations: dict[Any, Callable] = {
+        nn.Conv2d: convolution,
+        nn.Upsample: upsample,
+        nn.MaxPool2d: lambda _, x: ops.max_pool(x, [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0),
+        nn.PixelUnshuffle: lambda _, x: ops.space_to_depth(x, "depth_first", 2),
+        nn.PixelShuffle: lambda _, x: ops.depth_to_space(x, "depth_first", 2),
+        nn.ReLU: lambda _, x: ops.relu(x),
+        nn.Sigmoid: lambda _, x: ops.sigmoid(x),
+        nn.Identity: lambda _, x: x,
+        nn.Dropout2d: lambda _, x: x,
+        "relu_": ops.relu,
+        operator.add: ops.add,
+        operator.mul: ops.multiply,
+        torch.addcmul: lambda x, a, b: ops.add(x, ops.multiply(a, b)),
+        torch.cat: lambda parts, dim: ops.concat(list(parts), dim),
+        check_multiple: lambda *_: None,
+        "output": lambda x: x,
+    }
+    image = ops.parameter([1, -1, -1, 3], np.uint8)
+    start = ops.divide(ops.convert(ops.transpose(image, [0, 3, 1, 2]), np.float32), np.float32(255))
+    values: dict[fx.Node, Any] = {}
+    for node in fx.Tracer(autowrap_functions=(check_multiple,)).trace(model).nodes:
+        layer = layers[node.target] if node.op == "call_module" else None
+        kind: Any = node.target if layer is None else type(layer)
+        if node.op == "placeholder":
+            values[node] = start
+        elif kind not in translations:
+            raise UserError(f"--engine openvino: {kind} is not known here; take --engine torch")
         else:
-            fuse_convolutions(child)
-    return model
+            given = ([] if layer is None else [layer]) + list(fx.map_arg(node.args, values.get))
+            values[node] = translations[kind](*given, **node.kwargs)
+    return openvino.Model([values[node]], [image])

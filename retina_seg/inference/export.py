@@ -6,24 +6,32 @@ W are multiples of the network's stride. The file's metadata says how an image e
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retina_seg import __version__
 from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
-from retina_seg.inference.segmenter import Segmenter, image_batch
+from retina_seg.data import list_pairs
+from retina_seg.images import read_image
+from retina_seg.inference.engine import Ranges, image_batch, ranges_file
+from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import DEFAULT_STRIDE
+from retina_seg.sets.files import Data
 from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.styles import AUTO
 from retina_seg.transforms import NORMAL_MEAN, NORMAL_SPREAD, ResizeFrame
-from retina_seg.utils import UserError, atomic_write, output_folder, user_path
+from retina_seg.utils import UserError, atomic_write, output_folder, user_path, write_json
 
 LARGEST_DIFFERENCE = 1e-4  # in probability; rounding makes a few millionths
+MEASURED = 32  # images, for 8 bits
 INSTALL = 'pip install --upgrade "retina_seg[onnx]"'
 CHECKED_SIZES = ((1, 16, 24), (2, 31, 17), (1, 50, 62))  # images, their height and width in strides
 
@@ -56,6 +64,44 @@ def export(weights: str | Path, output: str | Path, style: str | None = None) ->
             raise UserError(f"{output}: not written, as onnxruntime differs from torch by {difference:.2g}; {INSTALL}")
         temporary.write_bytes(content)
     return difference
+
+
+def calibrate(weights: str | Path, data: Data) -> tuple[Path, int]:
+    """Measure the ranges of a network's activations for 8 bits, and write them beside its checkpoint.
+
+    `weights` as for `export`; `data` names datasets, as `data.list_pairs` takes them, of whose training images up to
+    `MEASURED` are used. Returns the file and their number. Raises `UserError` as what it calls.
+    """
+    checkpoint = find_weights(weights)
+    pairs = list_pairs(data, "train")
+    pairs = pairs[:: math.ceil(len(pairs) / MEASURED)]
+    segmenter = Segmenter.load(checkpoint, device="cpu", engine="torch", precision="float32")
+    ranges = activation_ranges(segmenter, (read_image(pair.image) for pair in pairs))
+    value = {"weights_id": weights_id(checkpoint), "images": [pair.name for pair in pairs], "ranges": ranges}
+    write_json(ranges_file(checkpoint), value)
+    return ranges_file(checkpoint), len(pairs)
+
+
+def activation_ranges(segmenter: Segmenter, images: Iterable[np.ndarray]) -> Ranges:
+    """The ranges of convolutions' inputs while `segmenter`, by torch, segments `images`: (H, W, 3) uint8 RGB.
+
+    Left out, as they are the most sensitive to rounding, are the first convolution and the last three.
+    """
+    ranges: Ranges = {}
+
+    def measure(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        low, high = inputs[0].aminmax()
+        before = ranges.get(name, (0.0, 0.0))
+        ranges[name] = min(before[0], float(low)), max(before[1], float(high))
+
+    layers: Any = segmenter.network
+    convolutions = [(n, layer) for n, layer in layers.module.named_modules() if isinstance(layer, nn.Conv2d)]
+    handles = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in convolutions[1:-3]]
+    for image in images:
+        segmenter(image)
+    for handle in handles:
+        handle.remove()
+    return ranges
 
 
 def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:

@@ -12,17 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retina_seg.checkpoint import find_weights, load_checkpoint, load_model
-from retina_seg.device import choose_device, choose_precision
+from retina_seg.device import choose_device
 from retina_seg.fov import LARGEST_SIDE, find_discs, fov_diameter
 from retina_seg.images import as_image
-from retina_seg.inference.engine import inference_network
-from retina_seg.model import DEFAULT_STRIDE, AttentionUNet, FastAttentionUNet, count_parameters
+from retina_seg.inference.engine import OpenvinoNetwork, Ranges, TorchNetwork, choose_engine, load_ranges
+from retina_seg.model import DEFAULT_STRIDE, count_parameters
 from retina_seg.styles import AUTO, AUTO_STYLES, auto_style
 from retina_seg.transforms import FovFrame, Frame, ResizeFrame, frame_from_dict, pad_to_stride
 from retina_seg.utils import UserError
@@ -40,13 +39,13 @@ class Segmenter:
             multiples of 32, and `receptive_field`: pixels to either side, else it is never tiled.
         frame: `ResizeFrame` or `FovFrame`; 512x512, as the original, where not given.
         threshold: probability above which `vessels` is True, in (0, 1).
-        device, precision: as in `device.choose_device` and `device.choose_precision`; "auto" is float32 for a network
-            that is not of this package.
+        device: as in `device.choose_device`. engine, precision: as in `engine.choose_engine`.
         working_size: overrides the frame's size or diameter, pixels.
         tta: test-time augmentation, the mean over the image's 8 orientations; eight times the work.
         tile: longest side the network is given at once, pixels; larger images are done in overlapping tiles.
+        ranges: of the activations of `model` as it is now, for 8 bits (`export.calibrate`).
 
-    Raises `UserError`: an option is out of its range, or there is no such device.
+    Raises `UserError`: an option is out of its range, or there is no such device or engine.
     """
 
     def __init__(
@@ -59,6 +58,8 @@ class Segmenter:
         working_size: int | None = None,
         tta: bool = False,
         tile: int = 1536,
+        engine: str = "auto",
+        ranges: Ranges | None = None,
     ) -> None:
         if not 0 < threshold < 1:
             raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
@@ -68,17 +69,19 @@ class Segmenter:
         self.frame = frame if working_size is None else frame.with_size(working_size)
         self.threshold, self.tta, self.tile, self.model = threshold, tta, tile, model
         self.style: str | None = None  # of labelling; with "auto" the network has an output for each of its two
-        self._precision, self._lock = precision, threading.Lock()
+        self._asked, self._lock = (engine, precision), threading.Lock()
+        self._ranges, self._measured = ranges, _state(model) if ranges else None
         self.to(device)
 
     def to(self, device: str) -> Segmenter:
         """Use `device` from now on, as `device.choose_device` takes it; returns itself."""
-        own = isinstance(self.model, (AttentionUNet, FastAttentionUNet))
-        self.device = choose_device(device)
-        asked = "float32" if self._precision == "auto" and not own else self._precision
-        self.precision = choose_precision(asked, self.device)
-        self._network: tuple[Any, nn.Module] | None = None
+        self.device, self._threads = choose_device(device), torch.get_num_threads()
+        self._network: tuple[Any, TorchNetwork | OpenvinoNetwork] | None = None
+        self._choose()
         return self
+
+    def _choose(self) -> None:
+        self.engine, self.precision = choose_engine(*self._asked, self.device, self.model, self._ranges)
 
     def __repr__(self) -> str:
         network = f"{type(self.model).__name__}, {count_parameters(self.model):,} parameters"
@@ -86,13 +89,27 @@ class Segmenter:
         return f"Segmenter({network}, {self.frame}, threshold {self.threshold}, {self.device}, {precision})"
 
     @property
-    def network(self) -> nn.Module:
-        """The inference copy of `model` as it is now (`engine.inference_network`)."""
+    def network(self) -> TorchNetwork | OpenvinoNetwork:
+        """The inference copy of `model` as it is now."""
         with self._lock:  # images are segmented in threads
             state = _state(self.model)
             if self._network is None or self._network[0] != state:
-                self._network = state, inference_network(self.model, self.device, self.precision)
+                if self._ranges and state != self._measured:
+                    self._ranges = None
+                    self._choose()
+                self._network = state, self._inference_copy()
             return self._network[1]
+
+    def _inference_copy(self) -> TorchNetwork | OpenvinoNetwork:
+        try:
+            if self.engine == "openvino":
+                return OpenvinoNetwork(self.model, self.precision, self._threads, self._ranges)
+        except UserError:
+            if self._asked[0] == "openvino":
+                raise
+            self._asked = "torch", self._asked[1]
+            self._choose()
+        return TorchNetwork(self.model, self.device, self.precision)
 
     @classmethod
     def load(
@@ -115,6 +132,7 @@ class Segmenter:
             raise UserError(f"{path}: its {error}") from None
         if not isinstance(own, (int, float)) or not 0 < own < 1:
             raise UserError(f"{path}: its threshold {str(own)[:80]} does not lie between 0 and 1")
+        options = {"ranges": load_ranges(path), **options}
         segmenter = cls(model, frame, own if threshold is None else threshold, **options)
         segmenter.style = notes.get("style")
         return segmenter
@@ -189,16 +207,15 @@ class Segmenter:
             return forward(padded)[inside]
         return tiled(forward, padded, self.tile, math.ceil(halo / stride) * stride, stride)[inside]
 
-    @torch.inference_mode()
-    def _forward(self, network: nn.Module, output: int, image: np.ndarray) -> np.ndarray:
+    def _forward(self, network: TorchNetwork | OpenvinoNetwork, output: int, image: np.ndarray) -> np.ndarray:
         """An output's logits (h, w) float32, clamped, for (h, w, 3) uint8 RGB with sides that are multiples of the stride."""
-        logits = network(image_batch(image, self.device).to(self.precision))
+        logits = network(image)
         outputs = len(AUTO_STYLES) if self.style == AUTO else 1
         if logits.shape != (1, outputs, *image.shape[:2]):
-            shapes = f"{tuple(logits.shape)} instead of (1, {outputs}, {image.shape[0]}, {image.shape[1]})"
+            shapes = f"{logits.shape} instead of (1, {outputs}, {image.shape[0]}, {image.shape[1]})"
             raise UserError(f"the network gives {shapes}; it has to give logits (N, 1, H, W) for images (N, 3, H, W)")
-        logits = logits[0, output].float().clamp_(-MAX_LOGIT, MAX_LOGIT).cpu().numpy()
-        if np.isnan(logits).any():
+        logits = np.clip(logits[0, output], -MAX_LOGIT, MAX_LOGIT)
+        if np.isnan(logits.sum()):
             raise UserError("the network's output is NaN; choose other weights")
         return logits
 
@@ -206,15 +223,14 @@ class Segmenter:
 @torch.no_grad()
 def _state(model: nn.Module) -> tuple[list[tuple[int, int]], float, float]:
     """What tells whether a network was changed: its tensors, the sum of their values and of the squares."""
-    values = [*model.parameters(), *model.buffers()]
+    values = [
+        value
+        for module in model.modules()
+        for value in (*module._parameters.values(), *module._buffers.values())
+        if value is not None
+    ]
     flat = torch.cat([value.detach().flatten() for value in values if value.is_floating_point()] or [torch.zeros(1)])
     return [(id(value), value._version) for value in values], float(flat.sum()), float(flat @ flat)
-
-
-def image_batch(image: np.ndarray, device: torch.device) -> Tensor:
-    """(H, W, 3) uint8 RGB -> (1, 3, H, W) float32 BGR in [0, 1], channels last, on `device`."""
-    batch = torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_RGB2BGR)).to(device)
-    return batch.permute(2, 0, 1).unsqueeze(0).float() / 255  # a permuted image is in channels-last order already
 
 
 def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, halo: int, stride: int) -> np.ndarray:
