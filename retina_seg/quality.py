@@ -1,7 +1,4 @@
-"""Whether a fundus image can be trusted: facts, with limits set by public, degraded and foreign images and `general`.
-
-The images, and how many are not "yes": results/log/20-measurements.md.
-"""
+"""Whether a fundus image can be trusted: facts with limits, set with `general` (results/log/20-measurements.md)."""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ def measure(
         vessels, fov: (H, W) bool.
         pixel_size: micrometres a pixel.
         disc: the optic disc's centre x, y and diameter in pixels; adds the zones.
+        quadrants: False leaves these out.
 
     A mirrored mask, or one rotated by 90 degrees, gives the same. In a field that is empty, or vessel all over, all are None.
 
@@ -51,7 +52,7 @@ def measure(
     """
     if vessels.ndim != 2 or vessels.shape != fov.shape or vessels.dtype != bool or fov.dtype != bool:
         raise ValueError(f"vessels, fov must be bool (H, W): {vessels.dtype} {vessels.shape}, {fov.dtype} {fov.shape}")
-    numbers = [1 if pixel_size is None else pixel_size, *(disc or (0, 0, 1))]
+    numbers = [1 if pixel_size is None else pixel_size, *((0, 0, 1) if disc is None else disc)]
     if not (np.isfinite(numbers).all() and numbers[0] > 0 and numbers[-1] > 0):
         raise ValueError(f"pixel size {pixel_size}, disc {disc}: must be finite, size and diameter above 0")
     fov = fov & (not vessels[fov].all())
@@ -59,7 +60,7 @@ def measure(
     top, left, bottom, right = fov_box(fov)
     fov = fov[top:bottom, left:right]
     vessels = vessels[top:bottom, left:right] & fov
-    regions = _regions(fov, quadrants, disc and (disc[0] - left, disc[1] - top, disc[2]))
+    regions = _regions(fov, quadrants, None if disc is None else (disc[0] - left, disc[1] - top, disc[2]))
     turns, step = _orientation(vessels)
     vessels = np.ascontiguousarray(np.rot90(vessels[:, ::step], turns))
     lines = centrelines(vessels, np.rot90(fov[:, ::step], turns), diameter)
@@ -207,7 +208,8 @@ def fractal_dimensions(mask: np.ndarray) -> Found:
         share = pixels[pixels > 0] / total[-1, -1]
         moments.append((math.log(len(share)), -(share @ np.log(share)), -math.log(share @ share)))
     slopes = np.polyfit(np.log(counts), moments, 1)[0]
-    r2 = np.corrcoef(np.log(counts), moments, rowvar=False)[0, 1:] ** 2
+    with np.errstate(invalid="ignore"):  # two pixels fill two boxes of any side
+        r2 = np.corrcoef(np.log(counts), moments, rowvar=False)[0, 1:] ** 2
     values = (*slopes, r2.min(), longest / counts[-1], longest / counts[0])
     return dict(zip(names, values, strict=True))
 

@@ -45,7 +45,7 @@ OUTPUTS = tuple(SAVES[name].removesuffix(".png") for name in SAVED.split(","))
 SUMMARIES = ("summary.csv", "summary.json")
 NUMBERS = ("width", "height", "fov_diameter", "vessel_percent", "seconds", "size", "mtime_ns")
 COLUMNS = ("input", "name", *NUMBERS, "made_with", "gradable", "remark", "status")
-MEASURES = (  # columns after these; empty where undefined, those in micrometres without a pixel size
+MEASURES = (  # columns before the status; empty where undefined, those in micrometres without a pixel size
     *("area_pct", "length_density_per_fov", "length_density_per_mm"),
     *(f"calibre_{what}_{unit}" for unit in ("px", "um") for what in ("mean", "median", "p10", "p90")),
     *("branch_density_per_fov2", "end_density_per_fov2"),
@@ -169,7 +169,7 @@ def segment_images(
         files = dict(zip(saves, _files(output, row["name"], saves), strict=True))
         return row | _segment(segmenter, images[row["input"]][0], files, large_turn, measure, pixel_size)
 
-    columns = COLUMNS + MEASURES * measure
+    columns = _columns(MEASURES * measure)
     part, share = output / f".summary.{world.rank}.csv", list(begun.values())[world.rank :: world.size]
     utils.write_csv(part, columns, share)  # so that a killed call leaves no file that no row names
     try:
@@ -343,6 +343,10 @@ def _measure(vessels: np.ndarray, fov: np.ndarray, pixel_size: float | None) -> 
     return {name: found.get(name) for name in MEASURES}
 
 
+def _columns(measures: Sequence[str]) -> tuple[str, ...]:
+    return (*COLUMNS[:-1], *measures, COLUMNS[-1])  # the status last, so that a row cut short is not taken for whole
+
+
 def _read_rows(output: Path) -> Rows:
     """All rows that processes have written into `output`, also those of a killed call. Raises `UserError`: no summary."""
     summary: Rows = {}
@@ -367,7 +371,7 @@ def _merge(output: Path) -> Rows:
     summary, parts = _read_rows(output), list(output.glob(".summary.*.csv"))
     if parts:
         rows = sorted(summary.values(), key=lambda row: utils.natural_key(row["name"]))
-        columns = (*COLUMNS, *(name for name in MEASURES if any(row.get(name) for row in rows)))
+        columns = _columns([name for name in MEASURES if any(row.get(name) for row in rows)])
         utils.write_csv(output / "summary.csv", columns, rows)
         numbers = NUMBERS + MEASURES
         shown = [{n: number(row.get(n, "")) if n in numbers else row[n] for n in columns} for row in rows]
