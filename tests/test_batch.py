@@ -315,10 +315,9 @@ def test_measures_are_columns_where_asked_for(segmenter, images, tmp_path, capsy
         assert {name for name in MEASURES if name in other} - known == {
             n for n in MEASURES if n.endswith(("_um", "_mm"))
         }
-        assert float(one["area_pct"]) == pytest.approx(float(one["vessel_percent"]), rel=1e-3)
         assert float(other["calibre_mean_um"]) == pytest.approx(8 * float(one["calibre_mean_px"]), rel=1e-3)
     listed = json.loads((tmp_path / "None/summary.json").read_text())
-    assert listed[0]["area_pct"] == float(pixels[0]["area_pct"])
+    assert listed[0]["fractal_d0"] == float(pixels[0]["fractal_d0"])
     with pytest.raises(UserError, match="made with .*measure"):
         run(segmenter, [images], tmp_path / "None")
     for options, said in ((["--pixel-size", "8"], "add --measure"), (["--measure", "--pixel-size", "0"], "above 0")):

@@ -46,7 +46,7 @@ SUMMARIES = ("summary.csv", "summary.json")
 NUMBERS = ("width", "height", "fov_diameter", "vessel_percent", "seconds", "size", "mtime_ns")
 COLUMNS = ("input", "name", *NUMBERS, "made_with", "gradable", "remark", "status")
 MEASURES = (  # columns before the status; empty where undefined, those in micrometres without a pixel size
-    *("area_pct", "length_density_per_fov", "length_density_per_mm"),
+    *("length_density_per_fov", "length_density_per_mm"),  # the area density is vessel_percent
     *(f"calibre_{what}_{unit}" for unit in ("px", "um") for what in ("mean", "median", "p10", "p90")),
     *("branch_density_per_fov2", "end_density_per_fov2"),
     *("tortuosity_median", "curvature2_median_per_fov2", "fractal_d0"),
