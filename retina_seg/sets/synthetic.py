@@ -1,7 +1,7 @@
 """Synthetic fundus images with the exact vessel mask, where no real dataset is at hand. Not medical data.
 
 `_Eye` lays out the anatomy. `_grow_vessels` lets arteries and veins grow from the optic disc as trees by Murray's law.
-Then retina, vessels, lesions and camera are rendered. Geometry is in units of the field's radius, origin at its centre,
+Then retina, vessels and camera are rendered. Geometry is in units of the field's radius, origin at its centre,
 x right, y down; so a seed is the same eye at every size of one shape.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -66,11 +66,9 @@ def synthetic_image(seed: int, height: int = 512, width: int = 512) -> Synthetic
     fov = (x**2 + y**2 <= 1) & (np.abs(y) <= eye.cut)
     if eye.notch and abs(eye.notch[1]) < eye.cut - eye.notch[2]:
         fov |= (x - eye.notch[0]) ** 2 + (y - eye.notch[1]) ** 2 <= eye.notch[2] ** 2
-    coverage, arteries, veins, reflex = _render_vessels(_grow_vessels(growth, eye), eye, shape)
+    coverage, arteries, veins = _render_vessels(_grow_vessels(growth, eye), eye, shape)
     colour = _paint_retina(paint, eye, x, y)
     colour *= (1 - arteries[..., None] * ARTERY_ABSORBS) * (1 - veins[..., None] * VEIN_ABSORBS)
-    colour *= 1 + reflex[..., None]
-    _paint_lesions(paint, eye, colour)
     mask = (coverage >= 0.5) & fov
     return SyntheticImage(_expose(camera, eye, colour, fov), mask.astype(np.uint8) * 255, fov.astype(np.uint8) * 255)
 
@@ -270,9 +268,9 @@ def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, r2: float
 
 
 def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Four layers (H, W) float32 in [0, 1]: coverage by vessels, opacity of arteries and of veins, arteries' reflex."""
+    """Three layers (H, W) float32 in [0, 1]: coverage by vessels, opacity of arteries and of veins."""
     fine = 4 if max(shape) <= 1024 else 2
-    covered, arteries, veins, reflex = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(4))
+    covered, arteries, veins = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(3))
     segments = []
     for artery, contrast, points in tree:
         # The pixel's centre is at (fine - 1) / 2 of its fine pixels; OpenCV takes 4 bits of fraction.
@@ -288,9 +286,7 @@ def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.n
         strength = contrast * (0.085 + 0.27 * min(1.0, calibre / (0.026 * eye.radius)) ** 0.8)
         cv2.line(covered, start, end, 255, thickness, cv2.LINE_8, 4)
         cv2.line(arteries if artery else veins, start, end, round(255 * strength), thickness, cv2.LINE_8, 4)
-        if artery and calibre > 3:
-            cv2.line(reflex, start, end, 45, max(1, round(0.3 * calibre * fine)), cv2.LINE_8, 4)
-    layers = (cv2.resize(c, shape[::-1], interpolation=cv2.INTER_AREA) for c in (covered, arteries, veins, reflex))
+    layers = (cv2.resize(c, shape[::-1], interpolation=cv2.INTER_AREA) for c in (covered, arteries, veins))
     return tuple(layer.astype(np.float32) / 255 for layer in layers)
 
 
@@ -304,67 +300,40 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
         lattice = cv2.GaussianBlur(rng.standard_normal(size, dtype=np.float32), (0, 0), 1.25)
         return cv2.resize((lattice - lattice.mean()) / lattice.std(), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
-    def around_fovea(sigma: float) -> np.ndarray:
-        return np.exp(-((x - eye.fovea[0]) ** 2 + (y - eye.fovea[1]) ** 2) / (2 * sigma**2))
+    def from_point(point: Sequence[float]) -> np.ndarray:
+        return np.hypot(x - point[0], y - point[1])
 
-    # Large: the lamp's uneven light.  Middle and small: pigment.  Stripes: the choroid's vessels.
-    lamp_x, lamp_y = rng.uniform(-0.35, 0.35, 2).tolist()
-    light = 1.08 - rng.uniform(0.15, 0.4) * ((x - lamp_x) ** 2 + (y - lamp_y) ** 2) + 0.07 * noise(0.9)
+    def step(distance: np.ndarray, width: float) -> np.ndarray:
+        """From 1 inside of distance 1 to 0 outside."""
+        return 0.5 * (1 - np.tanh((distance - 1) / width))
+
+    light = 1.08 - rng.uniform(0.15, 0.4) * from_point(rng.uniform(-0.35, 0.35, 2)) ** 2 + 0.07 * noise(0.9)
     pigment = 0.03 * noise(0.3) + 0.024 * noise(0.1) + 0.024 * noise(0.035)
-    stripes = (np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4) * np.clip(0.5 + 0.6 * noise(0.25), 0, 2)
-    stripes *= (1 - around_fovea(0.35)) * (rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.06, 0.12))
-    macula = rng.uniform(0.12, 0.24) * around_fovea(0.2) + rng.uniform(0.08, 0.2) * around_fovea(0.06)
-    # The nerve fibres' silvery sheen: fine rays from the disc, strongest above and below it.
-    dx, dy = x - eye.disc[0], y - eye.disc[1]
-    angle, far = np.arctan2(dy, dx), np.hypot(dx, dy)
-    waves = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
-    rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), waves).astype(np.float32)
-    sheen = rng.uniform(0.0, 0.5) * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2))
-    red, green, blue = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66])).tolist()
-    red = red * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen)
-    green = green * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * noise(0.7))
-    blue = blue * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen) * (1 + 0.08 * noise(0.7))
-    colour = np.stack([light * red, light * green, light * blue], axis=-1).astype(np.float32)
-    # The disc: a pale oval with a soft edge; a crescent of thin pigment often lies on its temporal side.
-    far = far * (1 + rng.uniform(-0.06, 0.06) * np.cos(2 * angle) + 0.02 * np.cos(3 * angle)) / eye.disc_radius
-    temporal = np.cos(angle) * eye.temporal
-    colour *= (1 + np.exp(-(((far - 1.12) / 0.1) ** 2)) * (rng.uniform(0.0, 0.25) * temporal - 0.05))[..., None]
-    inside = rng.uniform(0.43, 0.48) * (1 - np.tanh((far - 1) / rng.uniform(0.06, 0.12)))[..., None]
-    # Its cup is paler still; its rim is thicker, so redder, on the nasal side.
-    from_cup = np.hypot(dx - rng.uniform(0.0, 0.25) * eye.temporal * eye.disc_radius, dy) / eye.disc_radius
-    cup = 0.5 * (1 - np.tanh((from_cup / rng.uniform(0.35, 0.6) - 1) / 0.16))
-    pale = rng.uniform([0.88, 0.54, 0.26], [1.0, 0.66, 0.36]).astype(np.float32)
-    disc = pale * (light * (1 - 0.1 * (1 - cup) * (1 - 0.6 * temporal)))[..., None]
-    disc += cup[..., None] * np.array([0.05, 0.2, 0.17], np.float32)
-    return (colour + inside * (disc - colour)).astype(np.float32)
-
-
-def _paint_lesions(rng: np.random.Generator, eye: _Eye, colour: np.ndarray) -> None:
-    """What a network must not take for a vessel, or for its absence: exudates and drusen, and small haemorrhages."""
-    bright, dark = (0.35, 45, 0.009, (0.25, 0.55, 0.35)), (0.4, 14, 0.012, (-0.2, -0.45, -0.35))
-    for chance, many, size, tint in (bright, dark):
-        count = int(rng.integers(4, many)) if rng.random() < chance else 0
-        spots, middle = np.zeros(colour.shape[:2], np.float32), rng.normal(eye.fovea, 0.25)
-        for strength in np.sort(rng.uniform(0.3, 1, count)).tolist():
-            at = np.rint((rng.normal(middle, 0.28) * eye.radius + eye.centre) * 16).astype(int).tolist()
-            axes = np.rint(np.maximum(rng.gamma(3, size / 3, 2) * eye.radius * 16, 8)).astype(int).tolist()
-            cv2.ellipse(spots, at, axes, rng.uniform(0, 180), 0, 360, strength, -1, cv2.LINE_8, 4)
-        if count:
-            soft = cv2.GaussianBlur(spots, (0, 0), max(0.6, 0.003 * eye.radius))
-            colour *= 1 + soft[..., None] * np.array(tint, np.float32)
+    stripes = np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4  # vessels of the choroid
+    fovea = from_point(eye.fovea)
+    macula = rng.uniform(0.12, 0.24) * np.exp(-((fovea / 0.28) ** 2)) + rng.uniform(0.08, 0.2) * np.exp(
+        -((fovea / 0.085) ** 2)
+    )
+    shade = pigment + rng.uniform(0.03, 0.12) * stripes - macula
+    tint = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66]))
+    colour = tint * (1 + shade[..., None] * (0.6, 1.0, 0.9))
+    pale = rng.uniform([0.88, 0.54, 0.26], [1.0, 0.66, 0.36])
+    # the optic disc, a pale oval with a soft edge, and its cup, which is paler still
+    from_disc = from_point(eye.disc) / eye.disc_radius
+    cup = step(from_disc / rng.uniform(0.35, 0.6), 0.16)[..., None] * (0.05, 0.2, 0.17)
+    colour += step(from_disc, rng.uniform(0.06, 0.12))[..., None] * (0.95 * pale + cup - colour)
+    return (colour * light[..., None]).astype(np.float32)
 
 
 def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.ndarray) -> np.ndarray:
-    """What the camera makes of the fundus: cast, blur, black surround, noise, JPEG; returns (H, W, 3) uint8 RGB."""
+    """What the camera makes of the fundus: cast, black surround, blur, noise, JPEG; returns (H, W, 3) uint8 RGB."""
     cast = rng.uniform(0.86, 1.14) * rng.uniform([0.96, 0.95, 0.9], [1.04, 1.04, 1.1])
-    dark = rng.uniform(0.008, 0.03, 3).astype(np.float32)
-    seen = np.where(fov[..., None], colour * cast.astype(np.float32), dark)
+    seen = np.where(fov[..., None], colour * cast, rng.uniform(0.008, 0.03, 3)).astype(np.float32)
     blur = rng.uniform(0.5, 0.9) * eye.radius / 245  # 245 px is the field's radius in a 512 px image
     seen = cv2.GaussianBlur(seen, (0, 0), max(0.35, blur))
-    # Shot noise grows with the light; half of it is smeared over neighbours, as demosaicing does.
-    noise = rng.standard_normal(seen.shape, dtype=np.float32)
-    noise = 0.6 * noise + 1.2 * cv2.GaussianBlur(noise, (0, 0), 0.8)
-    seen += noise * rng.uniform(0.016, 0.03) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
+    # Shot noise grows with the light; it is smeared over neighbours, as demosaicing does.
+    noise = cv2.GaussianBlur(rng.standard_normal(seen.shape, dtype=np.float32), (0, 0), 0.5)
+    seen += noise * rng.uniform(0.025, 0.045) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
     return jpeg(np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8), int(rng.integers(82, 97)))
 
 
