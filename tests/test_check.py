@@ -95,8 +95,8 @@ def test_the_index_is_compared_with_the_files_and_counts_variants_once(clean):
     assert "train: 4 images (variants of 3)" in report.lines()[1]
     (clean / "photos.csv").write_text("\n".join(["part,name,photo", *rows[:5], "test,gone,gone"]))
     unnamed, gone = check_set(clean, progress=False).warnings
-    assert "photos.csv: 1 files are not named, so each counts as a photo of its own (train/p10)" in unnamed
-    assert "photos.csv: 1 files are named but not there (test/gone)" in gone
+    assert "photos.csv: 1 files are not named (train/p10)" in unnamed
+    assert "photos.csv: 1 files are not there (test/gone)" in gone
     (clean / "photos.csv").write_text("a,b\n1,2\n")
     (text,) = check_set(clean, progress=False).problems
     assert "photos.csv" in text and "columns part, name, photo" in text
@@ -166,18 +166,15 @@ def moved(pixels: np.ndarray, quarter: int, mirror: bool) -> np.ndarray:
 @pytest.mark.parametrize(("quarter", "mirror"), [(quarter, mirror) for quarter in range(4) for mirror in (False, True)])
 def test_a_test_image_that_is_in_train_rotated_or_mirrored(quarter, mirror, clean):
     write(clean, "test", "copy", moved(image(2), quarter, mirror))
-    text = only(
-        clean, "problems", str(clean / "test/image/copy.png"), "is in train too", str(clean / "train/image/p2.png")
-    )
-    assert ("mirrored" in text) == mirror
-    assert ("rotated" in text) == (quarter in (1, 3) or (quarter == 2 and not mirror))
+    copy, original = clean / "test/image/copy.png", clean / "train/image/p2.png"
+    only(clean, "problems", f"{copy}: is in train too, as {original};")
 
 
 def test_a_test_image_that_is_in_train_at_another_size_twice(clean):
     write(clean, "train", "q", image(2)[:, ::-1])
     write(clean, "test", "copy", cv2.resize(moved(image(2), 1, True), (128, 128)), ".jpg")
     report = check_set(clean, progress=False)
-    assert len(report.problems) == 1 and "(and 1 more)" in report.problems[0]
+    assert len(report.problems) == 1 and "p2.png" in report.problems[0] and "q.png" in report.problems[0]
     assert len(report.warnings) == 1 and "train: 1 pairs of files show one photo" in report.warnings[0]
     assert "p2.png and q.png" in report.warnings[0] and "photos.csv" in report.warnings[0]
 
@@ -188,7 +185,7 @@ def test_different_images_are_far_from_the_threshold():
     assert np.allclose(np.linalg.norm(prints.reshape(40, -1), axis=1), 1, atol=1e-4)
     assert list(same_photo(prints)) == []
     copies = np.concatenate([prints, prints[7:8, ::-1], prints[7:8].transpose(0, 2, 1)])
-    assert [found[:2] for found in same_photo(copies)] == [(7, 40), (7, 41), (40, 41)]
+    assert list(same_photo(copies)) == [(7, 40), (7, 41), (40, 41)]
     assert list(same_photo(np.stack([fingerprint(image(1) * 0)] * 2))) == []  # black images are no copies
 
 
@@ -210,5 +207,5 @@ def test_real_images_keep_their_distance_and_real_copies_are_found(folder, real_
     for n, pixels in enumerate(images):
         small = cv2.resize(moved(pixels, n % 4, n % 2 == 0), None, fx=0.8, fy=0.8)
         coded = cv2.imdecode(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
-        found = [pair[:2] for pair in same_photo(np.concatenate([prints, fingerprint(coded)[None]]))]
+        found = list(same_photo(np.concatenate([prints, fingerprint(coded)[None]])))
         assert found == [(n, len(images))]

@@ -20,7 +20,7 @@ KINDS = ("image", "mask", "fov", "mask_2nd")
 TREE = """expected:
     DATA/train/image/1.png    DATA/train/mask/1.png    images and vessel masks of the same names, for training
     DATA/test/image/2.png     DATA/test/mask/2.png     the same for testing
-    from a public set: retina-seg prepare SET SOURCE DESTINATION
+    from a public set, as CHASE_DB1: retina-seg prepare SET SOURCE DESTINATION
     from other files: --images "PATTERN" --masks "PATTERN", or --pairs LIST.csv with columns image, mask"""
 # what folders are called, in lower case without - _ and space
 _PARTS = {"train": ("train", "training"), "test": ("test", "testing")}
@@ -69,16 +69,13 @@ def find_set(data: Data) -> Root:
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
-    exact = _topmost(data, lambda folder: any((folder / part / "image").is_dir() for part in PARTS))
-    found = exact or _topmost(data, part_folders)
+    exact = topmost(data, lambda folder: any((folder / part / "image").is_dir() for part in PARTS))
+    found = exact or topmost(data, part_folders)
     if len(found) > 1:
         names = ", ".join(str(folder) for folder in found[:3])
         raise UserError(f"{data}: holds several datasets ({names}); name one of them")
     if found:
         return found[0]
-    for folder in _topmost(data, lambda folder: (folder / "Image_01L.jpg").is_file()):
-        patterns = f'--images "{folder}/Image_*.jpg" --masks "{folder}/Image_*_1stHO.png"'
-        raise UserError(f"{data}: is CHASE_DB1: retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}")
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
 
 
@@ -90,7 +87,7 @@ def folder_levels(top: Path, count: int) -> Iterator[list[Path]]:
         level = [below for folder in level for below in visible(folder) if below.is_dir()]
 
 
-def _topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
+def topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
     """The folders that are `known`, of the first level of `top` that has any, up to three levels below it."""
     levels = ([folder for folder in level if known(folder)] for level in folder_levels(top, 4))
     return next(filter(None, levels), [])
