@@ -13,6 +13,7 @@ from retina_seg.fov import LARGEST_SIDE
 from retina_seg.utils import UserError, read_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+FRAMES, VALIDATION = ("resize", "fov"), ("photos", "test", "none")
 GROUPS = {  # the first field of each group of options -> the group's title in the command's help
     "model": "data and network",
     "frame": "working frame and patches (frame fov only)",
@@ -23,10 +24,7 @@ GROUPS = {  # the first field of each group of options -> the group's title in t
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """A field of `TrainConfig` that knows its help, type, choices and lowest value.
-
-    `default` is a value, or the type alone: `dict` for an empty one, else for "not set" (None).
-    """
+    """A field of `TrainConfig` with its help. `default`: a value, or the type alone, `dict` for {}, else for "not set"."""
     kind = default if isinstance(default, type) else type(default)
     meta = {"kind": kind, "help": help, "choices": choices, "minimum": low}
     if default is dict:
@@ -36,10 +34,7 @@ def _option(default: Any, help: str, choices: tuple[str, ...] = (), low: float |
 
 @dataclass
 class TrainConfig:
-    """All that is needed to repeat a training. What each field means stands beside it; `PRESETS` has the presets.
-
-    Raises `UserError`: by `check`, for the first value that cannot be.
-    """
+    """All that is needed to repeat a training; what each field means stands beside it."""
 
     preset: str = "custom"
     data: str | dict[str, str] | list[str | dict[str, str]] = "Data1"
@@ -48,22 +43,12 @@ class TrainConfig:
     model_arguments: dict[str, Any] = _option(dict, "its arguments, as JSON")
     weights: str | None = _option(str, "start from these weights, in their network and frame: a name, file or run")
 
-    frame: str = _option(
-        "resize", "whole images at --size, aspect ratio not kept, or patches at one scale", ("resize", "fov")
-    )
+    frame: str = _option("resize", "whole images at --size, aspect ratio not kept, or patches at one scale", FRAMES)
     size: int = _option(512, "side of what the network is fed, pixels; rounded to its stride", low=8)
-    fov_diameter: float | None = _option(
-        float, "scale to this field-of-view diameter, pixels; not set: the training images' median", low=32
-    )
-    largest_diameter: float | None = _option(
-        float, "larger images are used at up to this diameter; not set: all at one", low=32
-    )
-    normalise: str = _option(
-        "none", "light and colour normalised inside the field of view, in training and use", ("none", "fov")
-    )
-    styles: str = _option(
-        "one", "of labelling: one for all datasets, or an output channel for each", ("one", "datasets")
-    )
+    fov_diameter: float | None = _option(float, "of the field of view, pixels; not set: the images' median", low=32)
+    largest_diameter: float | None = _option(float, "of larger images; not set: as all others", low=32)
+    normalise: str = _option("none", "light and colour normalised inside the field of view", ("none", "fov"))
+    styles: str = _option("one", "of labelling: one, or an output channel for each dataset", ("one", "datasets"))
     style: str = _option("balanced", "the style that is used where none is asked for")
     augmentation: dict[str, Any] = _option(dict, "changes to transforms.Augmentation, as JSON")
     patches: int = _option(800, "patches in an epoch", low=1)
@@ -73,19 +58,13 @@ class TrainConfig:
     optimizer: str = _option("adam", "Adam (AdamW with weight decay), or Muon", ("adam", "muon"))
     learning_rate: float = _option(1e-4, "at its peak", low=1e-12)
     weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
-    warmup: float | None = _option(
-        float, "share of the steps with rising rate, then a cosine to 0; not set: constant rate", low=0
-    )
+    warmup: float | None = _option(float, "share of steps of rising rate, then a cosine; not set: constant", low=0)
     ema: float = _option(0.0, "decay of the EMA weights that are kept; 0: none", low=0)
     clip: float = _option(0.0, "largest norm of the gradient; 0: no clipping", low=0)
     loss: str = _option("dice_bce", "a name in loss.LOSSES")
     seed: int = _option(42, "of weights, order and augmentation", low=0)
 
-    validation: str = _option(
-        "photos",
-        "held-out photos with all their variants; the test part, as the original does (a leak); nothing",
-        ("photos", "test", "none"),
-    )
+    validation: str = _option("photos", "on held-out photos; the test part, as the original (a leak); none", VALIDATION)
     held_out: int = _option(4, "how many photos, or people, are held out", low=1)
     split_seed: int = _option(42, "of the draw that holds them out", low=0)
     fold: int = _option(0, "which fold of that draw, for cross-validation", low=0)
@@ -105,12 +84,12 @@ class TrainConfig:
 
     @classmethod
     def notebook(cls, **changes: Any) -> TrainConfig:
-        """`from_preset("notebook")`: the original's training."""
+        """The original's training."""
         return cls.from_preset("notebook", **changes)
 
     @classmethod
     def fast(cls, **changes: Any) -> TrainConfig:
-        """`from_preset("fast")`: the optimised network for one camera."""
+        """The optimised network for one camera."""
         return cls.from_preset("fast", **changes)
 
     @classmethod
@@ -122,18 +101,17 @@ class TrainConfig:
         unknown = sorted(set(values) - {item.name for item in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"{path}: the config has unknown entries: {', '.join(unknown)}")
-        config = cls(**values)
         try:
-            config.check()
+            (config := cls(**values)).check()
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return config
 
     def check(self) -> None:
-        """Raises `UserError` for the first value that cannot be; the message names the option and what it may be."""
+        """Raises `UserError` for the first value that cannot be; the message names the option."""
         data = self.data if isinstance(self.data, list) else [self.data]
         paths = [self.output, *(p for one in data for p in (one.values() if isinstance(one, dict) else [one]))]
-        if not self.data or not all(isinstance(value, str) for value in paths):
+        if not self.data or not all(isinstance(path, str) for path in paths):
             raise UserError(f"data {self.data!r}, output {self.output!r}: must be paths")
         for item in dataclasses.fields(self):
             if item.metadata:
@@ -146,12 +124,12 @@ class TrainConfig:
             raise UserError("--keep best needs images to validate on; add --validation photos, or --keep last")
         if self.threshold not in ("fixed", "validation"):
             check_threshold(self.threshold)
-        if self.styles == "datasets" and self.weights:
-            raise UserError("--weights: fine-tuning has one style; leave out --styles datasets, or train anew")
         if "styles" in self.model_arguments:
             raise UserError("--model-arguments styles: is set by --styles datasets")
-        if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet"):
-            raise UserError("--styles datasets: needs --frame fov and a network with styles, as fast_attention_unet")
+        if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet" or self.weights):
+            raise UserError(
+                "--styles datasets: needs --frame fov, fast_attention_unet or another with styles, no --weights"
+            )
         if self.threshold == "validation" and self.validation != "photos":
             raise UserError("--threshold validation needs held-out training photos; add --validation photos")
 

@@ -33,26 +33,17 @@ _REASONS = {
     Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
     PermissionError: "may not be read; check its permissions",
 }
-_VIDEO = "a video; save the frame that you need as PNG"
-_OTHERS = {  # what begins so, beyond what `file_kind` knows
-    b"\x93NUMPY": "a NumPy array; write it with retina_seg.images.write_image",
-    b"%!PS": "PostScript; export it as PNG or TIFF",
-    b"\x1aE\xdf\xa3": _VIDEO,
-    b"RIFF": _VIDEO,
-}
 
 
 def _unknown(path: Path, start: bytes) -> str:
     """What a file is that is no image, with the remedy."""
-    known = next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
-    what = _VIDEO if file_format(start) == "video" else known or file_kind(path)
+    kind, what = file_format(start), file_kind(path)
+    if kind == "video":
+        return "is not an image but a video; save the frame that you need as PNG"
+    if kind == "tiff":
+        return "is a TIFF of a kind that is not read, as of 16-bit floats; save it as PNG"
     if what is None:
-        odd = "is a TIFF of a kind that is not read, as of 16-bit floats; save it as PNG"
-        return (
-            odd
-            if file_format(start) == "tiff"
-            else "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
-        )
+        return "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
     return f"is not an image but {what}" + ("" if ";" in what else "; give an image file")
 
 
@@ -97,8 +88,8 @@ def _read(path: str | Path, convert: Callable[[Image.Image], tuple[np.ndarray, s
 def load_image(path: str | Path) -> tuple[np.ndarray, str]:
     """Decode a fundus image: (H, W, 3) uint8 RGB, upright by its EXIF orientation, and a remark, "" if it is an ordinary one.
 
-    Grey becomes three equal channels, transparency is laid on black, more than 8 bits are scaled (`decode.scale_to_8_bits`). Of
-    several frames it is the largest. The remark says so: "page 2 of 2; 16 bits, scaled from 12".
+    Grey becomes three equal channels, transparency is laid on black, more than 8 bits are scaled, of several frames the
+    largest is taken. The remark says so: "page 2 of 2; 16 bits, scaled from 12".
 
     Raises `UserError`: no such file, not an image, damaged, too large, a format whose package is not installed.
     """
@@ -230,6 +221,13 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         if not done:
             raise OSError("OpenCV could not encode it")
         temporary.write_bytes(content.data)
+
+
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """`image` (H, W, 3) uint8 BGR after JPEG compression of `quality`, 1 to 100."""
+    coded = cv2.imencode(".jpg", np.ascontiguousarray(image), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded: Any = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    return decoded
 
 
 def visible(folder: str | Path) -> list[Path]:

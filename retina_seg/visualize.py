@@ -102,11 +102,6 @@ def new_figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tup
     return figure, axes
 
 
-def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
-    """Write `curves` to `path`."""
-    save_figure(path, curves(history, best))
-
-
 def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:
     """Losses, and F1 where it was measured, by epoch, the kept epoch `best` marked: a matplotlib figure."""
     epochs = [row["epoch"] for row in history]

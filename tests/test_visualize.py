@@ -111,7 +111,7 @@ def test_curves_show_both_losses_and_f1_and_mark_the_kept_epoch():
 
 @pytest.mark.parametrize(("epochs", "validated"), [(1, True), (40, False)])
 def test_curves_of_any_length_are_saved_as_png(tmp_path, epochs, validated):
-    visualize.save_curves(tmp_path / "curves.png", history(epochs, validated), best=1)
+    visualize.save_figure(tmp_path / "curves.png", visualize.curves(history(epochs, validated), best=1))
     assert (tmp_path / "curves.png").read_bytes()[:8] == PNG
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
     with pytest.raises(UserError, match="a.png"):

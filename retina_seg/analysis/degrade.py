@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from retina_seg import visualize
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import fov_diameter
+from retina_seg.images import jpeg
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
 from retina_seg.runs import check_untrained, held_out_pairs, remarks
 from retina_seg.sets.layout import check_masks
-from retina_seg.sets.synthetic import jpeg
 from retina_seg.utils import format_number, output_folder, write_csv
 
 COLUMNS = ("degradation", "images", "f1", "difference", "auc", "worst_f1", "worst_image")
@@ -46,7 +46,7 @@ _CHANGES: dict[str, Degradation] = {
     "red and blue swapped": lambda image, fov: image[:, :, ::-1],
     "inverted": lambda image, fov: (255 - image) * fov[:, :, None],  # vessels bright, as in angiography
     "blurred": lambda image, fov: cv2.GaussianBlur(image, (0, 0), 2 * fov_diameter(fov) / 540),
-    "JPEG quality 20": lambda image, fov: jpeg(image, 20),
+    "JPEG quality 20": lambda image, fov: jpeg(image[:, :, ::-1], 20)[:, :, ::-1],
     "noise of 15 levels": lambda image, fov: image + np.random.default_rng(0).normal(0, 15, image.shape),
     "half size": lambda image, fov: cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA),
     "double size": lambda image, fov: cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC),

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from retina_seg.images import list_images, write_image
+from retina_seg.images import jpeg, list_images, write_image
 from retina_seg.sets import atomic_folder
 from retina_seg.sets.files import Data, find_set
 from retina_seg.utils import UserError, create_dir, user_path, write_csv
@@ -335,10 +335,3 @@ def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.nda
     noise = cv2.GaussianBlur(rng.standard_normal(seen.shape, dtype=np.float32), (0, 0), 0.5)
     seen += noise * rng.uniform(0.025, 0.045) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
     return jpeg(np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8), int(rng.integers(82, 97)))
-
-
-def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """`image` (H, W, 3) uint8 RGB after JPEG compression of `quality`, 1 to 100."""
-    code = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded: Any = cv2.imdecode(code, cv2.IMREAD_COLOR)
-    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
