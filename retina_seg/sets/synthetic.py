@@ -7,10 +7,11 @@ x right, y down; so a seed is the same eye at every size of one shape.
 
 from __future__ import annotations
 
+import cmath
 import math
-from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ TEST_SEEDS = 500_000  # each set has a million seeds; those of its test images s
 STEP = 0.012  # length of one step of a growing vessel
 THINNEST = 0.0026  # radius at which a vessel ends: 1.3 px wide in a 512 px image
 THINNEST_LINE = 1.25  # px; a thinner line falls to pieces
-CELL, MAP_HALF = 0.02, 1.12  # the density map: side of a cell; it covers [-MAP_HALF, MAP_HALF] both ways
+CELL, MAP_HALF, MAP_SIDE = 0.02, 1.12, 113  # map of vessels: side of a cell, half of the map's, cells on a side
 
 # What blood absorbs of red, green and blue where a vessel is opaque; haemoglobin absorbs green most.
 ARTERY_ABSORBS = np.array([0.3, 1.0, 0.85], np.float32)
 VEIN_ABSORBS = np.array([0.48, 1.0, 0.75], np.float32)
-Tree = list[tuple[bool, float, np.ndarray]]  # vessels: is it an artery, contrast, (n, 3) points x, y, radius
+Tree = list[tuple[bool, float, np.ndarray, np.ndarray]]  # vessels: is it an artery, contrast, points (n,), radii (n,)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def synthetic_image(seed: int, height: int = 512, width: int = 512) -> Synthetic
     x = ((np.arange(shape[1], dtype=np.float32) - eye.centre[0]) / eye.radius)[None, :]
     y = ((np.arange(shape[0], dtype=np.float32) - eye.centre[1]) / eye.radius)[:, None]
     fov = (x**2 + y**2 <= 1) & (np.abs(y) <= eye.cut)
-    if eye.notch and abs(eye.notch[1]) < eye.cut - eye.notch[2]:
-        fov |= (x - eye.notch[0]) ** 2 + (y - eye.notch[1]) ** 2 <= eye.notch[2] ** 2
+    if eye.notch and abs(eye.notch.imag) < eye.cut - 0.05:
+        fov |= np.hypot(x - eye.notch.real, y - eye.notch.imag) <= 0.045
     coverage, arteries, veins = _render_vessels(_grow_vessels(growth, eye), eye, shape)
     colour = _paint_retina(paint, eye, x, y)
     colour *= (1 - arteries[..., None] * ARTERY_ABSORBS) * (1 - veins[..., None] * VEIN_ABSORBS)
@@ -120,151 +121,120 @@ def data_or_synthetic(
 
 
 class _Eye:
-    """Where things lie. Points are (x, y) in field radii; `radius` and `centre` are in pixels."""
+    """Where things lie. Points are x + iy in field radii; `radius` and `centre` are in pixels."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int]) -> None:
         self.cut = rng.uniform(0.78, 0.92) if rng.random() < 0.3 else 1.0  # the field is flat at this |y|; 1: round
-        angle = math.radians(rng.uniform(-50, -25))
-        # x, y, radius of the camera's index mark
-        self.notch = (math.cos(angle), math.sin(angle), rng.uniform(0.035, 0.05)) if rng.random() < 0.5 else None
+        self.notch = cmath.rect(1, math.radians(rng.uniform(-50, -25))) if rng.random() < 0.5 else None  # of the camera
         self.temporal = int(rng.choice([-1, 1]))  # 1: the macula lies right of the disc
         self.disc_radius = rng.uniform(0.135, 0.165)
-        self.disc = (-self.temporal * rng.uniform(0.42, 0.78), rng.uniform(-0.1, 0.06))
+        self.disc = complex(-self.temporal * rng.uniform(0.42, 0.78), rng.uniform(-0.1, 0.06))
         distance = 5 * self.disc_radius * rng.uniform(0.95, 1.1)  # 2.5 disc diameters
-        self.fovea = (self.disc[0] + self.temporal * distance, self.disc[1] + rng.uniform(0.03, 0.12))
+        self.fovea = self.disc + complex(self.temporal * distance, rng.uniform(0.03, 0.12))
         self.tilt = rng.uniform(-0.12, 0.12)  # radians
         self.radius = min(0.48 * shape[1], 0.48 * shape[0] / self.cut)
         self.centre = ((shape[1] - 1) / 2, (shape[0] - 1) / 2)
 
-    def place(self, outward: float, up: float) -> tuple[float, float]:
+    def place(self, outward: float, up: float) -> complex:
         """The point `outward` (temporal) and `up` of the disc, both in disc-fovea distances."""
-        unit = math.dist(self.disc, self.fovea)
-        cos, sin = math.cos(self.tilt), math.sin(self.tilt)
-        dx, dy = self.temporal * outward * unit, -up * unit
-        return self.disc[0] + cos * dx - sin * dy, self.disc[1] + sin * dx + cos * dy
+        return self.disc + cmath.rect(abs(self.fovea - self.disc), self.tilt) * complex(self.temporal * outward, -up)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tip:
-    """The growing end of a vessel at (x, y), towards `heading` (radians); `course` lists the points it is to pass."""
+    """The growing end of a vessel, towards `heading` (radians); `course` lists the points it is to pass."""
 
     artery: bool
-    x: float
-    y: float
+    at: complex
     heading: float
     radius: float
-    course: list[tuple[float, float]] = field(default_factory=list)
-
-
-class _DensityMap:
-    """Where vessels of each kind already run, 0 (free) to 1; what grows bends away from its own kind."""
-
-    def __init__(self, eye: _Eye) -> None:
-        axis = np.arange(int(2 * MAP_HALF / CELL) + 1) * CELL - MAP_HALF
-        from_fovea = (axis[None, :] - eye.fovea[0]) ** 2 + (axis[:, None] - eye.fovea[1]) ** 2
-        self.maps = [0.9 * np.exp(-from_fovea / (2 * 0.09**2)) for _ in range(2)]  # no vessels grow in the fovea
-        offset = np.arange(-4, 5)
-        self.stamp = np.exp(-(offset[None, :] ** 2 + offset[:, None] ** 2) / (2 * 1.6**2))
-
-    def mark(self, artery: bool, x: float, y: float) -> None:
-        i, j = round((y + MAP_HALF) / CELL), round((x + MAP_HALF) / CELL)
-        around = self.maps[artery][i - 4 : i + 5, j - 4 : j + 5]
-        np.maximum(around, self.stamp, out=around)
-
-    def ahead(self, tip: _Tip, turn: float, far: float) -> float:
-        """The density for the vessel of `tip` at `far` ahead of it, `turn` radians aside."""
-        x, y = tip.x + far * math.cos(tip.heading + turn), tip.y + far * math.sin(tip.heading + turn)
-        last = len(self.maps[0]) - 1
-        i, j = (min(max(round((v + MAP_HALF) / CELL), 0), last) for v in (y, x))
-        # Arteries and veins do cross, so the other kind counts less.
-        return float(self.maps[tip.artery][i, j] + 0.4 * self.maps[not tip.artery][i, j])
+    course: list[complex] = field(default_factory=list)
 
 
 def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Tip]:
     """What leaves the disc: an artery and a vein for each of the four arcades, and small vessels in between."""
-    temporal = np.array([(0.06, 0.28), (0.34, 0.6), (0.8, 0.76), (1.3, 0.68), (1.75, 0.5)])
-    nasal = np.array([(-0.16, 0.3), (-0.42, 0.65), (-0.65, 1.05), (-0.8, 1.5)])
-    x0, y0 = eye.place(-0.03, 0)
-    for up in (1, -1):
+    temporal = [(0.06, 0.28), (0.34, 0.6), (0.8, 0.76), (1.3, 0.68), (1.75, 0.5)]
+    nasal = [(-0.16, 0.3), (-0.42, 0.65), (-0.65, 1.05), (-0.8, 1.5)]
+    start = eye.place(-0.03, 0)
+    for up, artery in product((1, -1), (True, False)):
         for arcade, thick, outward in ((temporal, 0.0145, 1), (nasal, 0.0095, -1)):
-            for artery in (True, False):
-                course = arcade * [1, up * rng.uniform(0.82, 1.18)]
-                course += rng.normal([0, 0.05 * up if artery else -0.03 * up], 0.05, arcade.shape)
-                radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
-                x, y = rng.normal([x0, y0], 0.022).tolist()
-                heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
-                yield _Tip(artery, x, y, heading, radius, [eye.place(*point) for point in course.tolist()])
+            stretch, apart = rng.uniform(0.82, 1.18), 0.05 if artery else -0.03
+            steps = rng.normal([0, apart], 0.05, (len(arcade), 2)).tolist()
+            course = [
+                eye.place(x + dx, up * (stretch * y + dy)) for (x, y), (dx, dy) in zip(arcade, steps, strict=True)
+            ]
+            radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
+            heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
+            yield _Tip(artery, start + complex(*rng.normal(0, 0.022, 2)), heading, radius, course)
     for outward in (1, 1, 1, -1, -1):
         heading = (0 if outward == eye.temporal else math.pi) + rng.uniform(-1, 1)
-        yield _Tip(bool(rng.random() < 0.5), x0, y0, heading, rng.uniform(0.0045, 0.007))
+        yield _Tip(bool(rng.random() < 0.5), start, heading, rng.uniform(0.0045, 0.007))
+
+
+def _cells(points: np.ndarray | complex) -> np.ndarray:
+    """The x, y of the cells in the map of vessels that points x + iy, (...) complex, lie in: (..., 2) int."""
+    xy = np.stack([np.real(points), np.imag(points)], axis=-1)
+    return np.clip(np.rint((xy + MAP_HALF) / CELL), 0, MAP_SIDE - 1).astype(int)
 
 
 def _grow_vessels(rng: np.random.Generator, eye: _Eye) -> Tree:
     """Grow both trees, thick vessels first, until they cover this eye's share of the field."""
-    thickness = attrgetter("radius")
-    density, tips, tree = _DensityMap(eye), sorted(_trunks(rng, eye), key=thickness), []
+    tips, tree = list(_trunks(rng, eye)), []
+    taken = np.zeros((2, MAP_SIDE, MAP_SIDE), np.float32)  # where veins and arteries run, 0 (free) to 1
+    for layer in taken:
+        cv2.circle(layer, _cells(eye.fovea).tolist(), round(0.12 / CELL), 1.0, -1)  # none grow there
     uncovered = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.098, 0.124)
     while tips and uncovered > 0:
-        tip = tips.pop()
-        points, twigs = _grow_one(rng, eye, density, tip)
-        for twig in twigs:
-            insort(tips, twig, key=thickness)
-        tree.append((tip.artery, rng.uniform(0.75, 1.15), points))
-        uncovered -= 2 * STEP * float(points[np.abs(points[:, 1]) < eye.cut, 2].sum())
+        tips.remove(tip := max(tips, key=attrgetter("radius")))
+        course, radii = _grow_one(rng, eye, taken, tip, tips)
+        line = cv2.polylines(np.zeros_like(taken[0]), [_cells(course)], False, 1.0, 3)
+        np.maximum(taken[int(tip.artery)], cv2.GaussianBlur(line, (0, 0), 1.0), out=taken[int(tip.artery)])
+        tree.append((tip.artery, rng.uniform(0.75, 1.15), course, radii))
+        uncovered -= 2 * STEP * float(radii[np.abs(course.imag) < eye.cut].sum())
     return tree
 
 
-def _grow_one(rng: np.random.Generator, eye: _Eye, density: _DensityMap, tip: _Tip) -> tuple[np.ndarray, list[_Tip]]:
-    """Grow one vessel to its end; returns its points, (n, 3) x, y, radius, and the tips of its side branches."""
-    points, twigs = [(tip.x, tip.y, tip.radius)], []
-    first_heading, bend, next_twig = tip.heading, 0.0, rng.uniform(0.06, 0.16)
-    wander = rng.uniform(9.0, 20.0)
-    for step in range(1, 400):
-        # Curvature is a mean-reverting walk: the vessel winds, and smoothly.
-        bend += -bend * 14 * STEP + wander * math.sqrt(STEP) * rng.standard_normal()
+def _grow_one(
+    rng: np.random.Generator, eye: _Eye, taken: np.ndarray, tip: _Tip, tips: list[_Tip]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Grow one vessel to its end, adding its branches to `tips`; returns its points (n,) complex and radii (n,)."""
+    first_heading, bend, next_twig, points = tip.heading, 0.0, rng.uniform(0.06, 0.16), [(tip.at, tip.radius)]
+
+    def ahead(turn: float, far: float) -> float:
+        x, y = _cells(tip.at + cmath.rect(far, tip.heading + turn))
+        # arteries and veins do cross, so the other kind counts less
+        return float(taken[int(tip.artery), y, x] + 0.4 * taken[int(not tip.artery), y, x])
+
+    while tip.radius > THINNEST and abs(tip.at) < 1.03 and len(points) < 400:
+        # curvature is a mean-reverting walk: the vessel winds, and smoothly
+        bend += -bend * 14 * STEP + 14 * math.sqrt(STEP) * rng.standard_normal()
         if tip.course:
-            x, y = tip.course[0]
-            steer = 7 * math.remainder(math.atan2(y - tip.y, x - tip.x) - tip.heading, 2 * math.pi)
-            if math.dist((tip.x, tip.y), (x, y)) < 0.13:
+            steer = 7 * math.remainder(cmath.phase(tip.course[0] - tip.at) - tip.heading, 2 * math.pi)
+            if abs(tip.course[0] - tip.at) < 0.13:
                 del tip.course[0]
-        else:
-            left, right = (density.ahead(tip, turn, 0.08) for turn in (-0.6, 0.6))
-            steer = 13 * (left - right) + 3 * math.sin(first_heading - tip.heading)  # so that none runs in circles
+        else:  # away from others, and not in circles
+            steer = 13 * (ahead(-0.6, 0.08) - ahead(0.6, 0.08)) + 3 * math.sin(first_heading - tip.heading)
         tip.heading += (bend + steer) * STEP
-        tip.x, tip.y = tip.x + STEP * math.cos(tip.heading), tip.y + STEP * math.sin(tip.heading)
+        tip.at += cmath.rect(STEP, tip.heading)
         tip.radius -= (0.0015 if tip.course else 0.0035) * STEP
-        points.append((tip.x, tip.y, tip.radius))
-        from_disc = math.dist((tip.x, tip.y), eye.disc) / eye.disc_radius
-        blocked = step > 8 and not tip.course and from_disc > 1.6 and density.ahead(tip, 0, 0.05) > 0.75
-        if blocked or tip.radius < THINNEST or math.hypot(tip.x, tip.y) > 1.03:
-            break
+        points.append((tip.at, tip.radius))
         next_twig -= STEP
-        if next_twig < 0 and from_disc > 1.7:
-            next_twig = rng.exponential(0.07 if tip.course else 0.055) + (0.05 if tip.course else 0.035)
-            # An arcade keeps its calibre: twigs, and now and then a large branch. Thinner vessels divide more evenly.
-            shares = ((0.2, 0.4) if rng.random() < 0.5 else (0.45, 0.7)) if tip.course else (0.4, 0.8)
-            thin = tip.radius * rng.uniform(*shares)
-            if thin > THINNEST:
-                twigs.append(_branch(rng, density, tip, thin))
-    for x, y, _ in points:
-        density.mark(tip.artery, x, y)
-    return np.array(points), twigs
-
-
-def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, r2: float) -> _Tip:
-    """Split a twig of radius `r2` off `tip`, to the freer side; `tip` goes on thinner and turned the other way.
-
-    By Murray's law r0^3 = r1^3 + r2^3, at his angles of least work.
-    """
-    r0 = tip.radius
-    r1 = (r0**3 - r2**3) ** (1 / 3)
-    away = math.acos(min(1, (r0**4 + r2**4 - r1**4) / (2 * r0**2 * r2**2)))
-    aside = math.acos(min(1, (r0**4 + r1**4 - r2**4) / (2 * r0**2 * r1**2)))
-    left, right = (density.ahead(tip, turn, 0.12) for turn in (-away, away))
-    side = -1 if left + rng.normal(0, 0.3) < right else 1
-    twig = _Tip(tip.artery, tip.x, tip.y, tip.heading + side * (0.85 * away + rng.normal(0, 0.12)), r2)
-    tip.heading, tip.radius = tip.heading - side * 0.8 * aside, r1
-    return twig
+        if abs(tip.at - eye.disc) < 1.7 * eye.disc_radius:
+            continue
+        if len(points) > 8 and not tip.course and ahead(0, 0.05) > 0.75:
+            break
+        thin = tip.radius * rng.uniform(*((0.2, 0.7) if tip.course else (0.4, 0.8)))
+        if next_twig < 0 and thin > THINNEST:
+            next_twig = rng.exponential(0.06) + 0.04
+            # Murray's law and angles of least work, to the freer side; the vessel goes on thinner and turned the other way
+            thick, rest = tip.radius, (tip.radius**3 - thin**3) ** (1 / 3)
+            away = math.acos(min(1, (thick**4 + thin**4 - rest**4) / (2 * thick**2 * thin**2)))
+            aside = math.acos(min(1, (thick**4 + rest**4 - thin**4) / (2 * thick**2 * rest**2)))
+            side = -1 if ahead(-away, 0.12) + rng.normal(0, 0.3) < ahead(away, 0.12) else 1
+            tips.append(_Tip(tip.artery, tip.at, tip.heading + side * (0.85 * away + rng.normal(0, 0.12)), thin))
+            tip.heading, tip.radius = tip.heading - side * 0.8 * aside, rest
+    course, radii = zip(*points, strict=True)
+    return np.array(course), np.array(radii)
 
 
 def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -272,10 +242,11 @@ def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.n
     fine = 4 if max(shape) <= 1024 else 2
     covered, arteries, veins = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(3))
     segments = []
-    for artery, contrast, points in tree:
+    for artery, contrast, course, radii in tree:
+        points = np.stack([course.real, course.imag], axis=1) * eye.radius + eye.centre
         # The pixel's centre is at (fine - 1) / 2 of its fine pixels; OpenCV takes 4 bits of fraction.
-        ends = np.rint(((points[:, :2] * eye.radius + eye.centre) * fine + (fine - 1) / 2) * 16).astype(int).tolist()
-        calibres = (2 * eye.radius * points[1:, 2]).tolist()
+        ends = np.rint((points * fine + (fine - 1) / 2) * 16).astype(int).tolist()
+        calibres = (2 * eye.radius * radii[1:]).tolist()
         segments += [(c, artery, contrast, *line) for c, *line in zip(calibres, ends, ends[1:], strict=False)]
     segments.sort(key=lambda s: s[0])  # thick ones last, on top
     # In a small image the lines are wider than the vessels; the thinnest are left out until the covered share is right.
@@ -300,14 +271,14 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
         lattice = cv2.GaussianBlur(rng.standard_normal(size, dtype=np.float32), (0, 0), 1.25)
         return cv2.resize((lattice - lattice.mean()) / lattice.std(), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
-    def from_point(point: Sequence[float]) -> np.ndarray:
-        return np.hypot(x - point[0], y - point[1])
+    def from_point(point: complex) -> np.ndarray:
+        return np.hypot(x - point.real, y - point.imag)
 
     def step(distance: np.ndarray, width: float) -> np.ndarray:
         """From 1 inside of distance 1 to 0 outside."""
         return 0.5 * (1 - np.tanh((distance - 1) / width))
 
-    light = 1.08 - rng.uniform(0.15, 0.4) * from_point(rng.uniform(-0.35, 0.35, 2)) ** 2 + 0.07 * noise(0.9)
+    light = 1.08 - rng.uniform(0.15, 0.4) * from_point(complex(*rng.uniform(-0.35, 0.35, 2))) ** 2 + 0.07 * noise(0.9)
     pigment = 0.03 * noise(0.3) + 0.024 * noise(0.1) + 0.024 * noise(0.035)
     stripes = np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4  # vessels of the choroid
     fovea = from_point(eye.fovea)
