@@ -1,7 +1,7 @@
 """Raw public sets -> the Data1 layout.
 
-`load_data` and `augment_data` are the steps of the original's `data_augmentation` notebook, for DRIVE. `prepare_set` takes
-every set in `SETS`, and writes fields of view, second observers and `photos.csv` too.
+DRIVE at 512 is augmented as in the original's `data_augmentation` notebook. Fields of view, second observers and
+`photos.csv` are written too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,61 +47,28 @@ class RawSet:
     vessel_above: int = 127  # mask values above this are vessel
 
 
+# fmt: off
 _TABLE = (
-    RawSet(
-        "DRIVE",
-        40,
-        "{training,test}/images/21_training.tif, 1st_manual/21_manual1.gif, mask/21_training_mask.gif",
-        image=r"(?P<folder>training|test)/images/(?P<number>\d+)_(?P=folder)",
-        mask="{folder}/1st_manual/{number}_manual1",
-        fov="{folder}/mask/{number}_{folder}_mask",
-        mask_2nd="{folder}/2nd_manual/{number}_manual2",
-    ),
-    RawSet(
-        "CHASE_DB1",
-        28,
-        "Image_01L.jpg, Image_01L_1stHO.png, Image_01L_2ndHO.png",
-        image=r"(?P<name>(?P<subject>Image_(?P<number>\d+))[LR])",  # a child's two eyes
-        mask="{name}_1stHO",
-        fov="masks?/{name}",
-        mask_2nd="{name}_2ndHO",
-        last_train=10,
-    ),
-    RawSet(
-        "STARE",
-        20,
-        "im0001.ppm, im0001.ah.ppm of the archive labels-ah, im0001.vk.ppm, each perhaps .gz",
-        image=r"([^/]+/)?(?P<name>im\d{4})",  # three archives, unpacked into one folder or into three
-        mask=r"([^/]+/)?{name}\.ah",  # by A. Hoover
-        mask_2nd=r"([^/]+/)?{name}\.vk",  # by V. Kouznetsova
-        complete=False,  # the archive of all 397 images has masks for 20
-    ),
-    RawSet(
-        "HRF",
-        45,
-        "images/01_dr.JPG, manual1/01_dr.tif, mask/01_dr_mask.tif",
-        image=r"images/(?P<name>(?P<number>\d+)_(h|dr|g))",
-        mask="manual1/{name}",
-        fov="mask/{name}_mask",
-        last_train=5,
-    ),
-    RawSet(
-        "LES-AV",
-        22,
-        "images/12.png, vessel-segmentations/12.png, masks/12.gif",
-        image=r"(?P<folder>|training/|test/)images/(?P<name>\d+)",  # some copies are laid out as DRIVE is
-        mask="{folder}(vessel-segmentations|1st_manual)/{name}",
-        fov="{folder}masks?/{name}(_mask)?",
-        vessel_above=0,  # in some copies 1, 2, 3 are artery, vein, both
-    ),
-    RawSet(
-        "FIVES",
-        800,
-        "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
-        image=r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])",  # of age-related, diabetic, glaucoma, normal
-        mask="{folder}/Ground[ _]?truth/{name}",
-    ),
+    RawSet("DRIVE", 40, "{training,test}/images/21_training.tif, 1st_manual/21_manual1.gif, mask/21_training_mask.gif",
+           r"(?P<folder>training|test)/images/(?P<number>\d+)_(?P=folder)", "{folder}/1st_manual/{number}_manual1",
+           "{folder}/mask/{number}_{folder}_mask", "{folder}/2nd_manual/{number}_manual2"),
+    # the subject is a child, whose two eyes these are
+    RawSet("CHASE_DB1", 28, "Image_01L.jpg, Image_01L_1stHO.png, Image_01L_2ndHO.png",
+           r"(?P<name>(?P<subject>Image_(?P<number>\d+))[LR])", "{name}_1stHO", "masks?/{name}", "{name}_2ndHO",
+           last_train=10),
+    # three archives, unpacked into one folder or into three; that of all 397 images has masks for 20, by A. Hoover
+    RawSet("STARE", 20, "im0001.ppm, im0001.ah.ppm of the archive labels-ah, im0001.vk.ppm, each perhaps .gz",
+           r"([^/]+/)?(?P<name>im\d{4})", r"([^/]+/)?{name}\.ah", "", r"([^/]+/)?{name}\.vk", complete=False),
+    RawSet("HRF", 45, "images/01_dr.JPG, manual1/01_dr.tif, mask/01_dr_mask.tif",
+           r"images/(?P<name>(?P<number>\d+)_(h|dr|g))", "manual1/{name}", "mask/{name}_mask", last_train=5),
+    # some copies are laid out as DRIVE is; in some 1, 2, 3 are artery, vein, both
+    RawSet("LES-AV", 22, "images/12.png, vessel-segmentations/12.png, masks/12.gif",
+           r"(?P<folder>|training/|test/)images/(?P<name>\d+)", "{folder}(vessel-segmentations|1st_manual)/{name}",
+           "{folder}masks?/{name}(_mask)?", vessel_above=0),
+    RawSet("FIVES", 800, "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
+           r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])", "{folder}/Ground[ _]?truth/{name}"),
 )
+# fmt: on
 SETS = {raw.name.lower(): raw for raw in _TABLE}
 
 
@@ -173,34 +139,8 @@ def _images_in(raw: RawSet, folder: Path) -> list[RawImage]:
     return list(images.values()) if any("mask" in image.files for image in images.values()) else []
 
 
-def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
-    """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
-    images = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
-    train, test = ([image.files for image in images if image.part == part] for part in PARTS)
-    first, second = (([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
-    return first, second
-
-
-def augment_data(
-    images: Sequence[str | Path], masks: Sequence[str | Path], save_path: str | Path, augment: bool = True
-) -> None:
-    """Write every image and its mask, resized to 512x512, as `save_path/{image,mask}/<name>_<k>.png`.
-
-    k is 0 for the image itself; with `augment` also 1 mirrored left-right, 2 top-bottom, 3 rotated by up to 45 degrees.
-
-    Raises `UserError`: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
-    """
-    if len(images) != len(masks):
-        raise UserError(f"{len(images)} images but {len(masks)} masks: every image needs one mask")
-    for image, mask in tqdm(zip(images, masks, strict=True), total=len(images)):
-        raw = RawImage(_stem(Path(image)), {"image": Path(image), "mask": Path(mask)})
-        for k, pixels in enumerate(_variants(raw, 127, SIZE, augment)):
-            for kind, array in pixels.items():
-                write_image(create_dir(Path(save_path) / kind) / f"{raw.name}_{k}.png", array)
-
-
-def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int = 42) -> list[Arrays]:
-    """The image with all that belongs to it, and with `augment` its three variants, resized to `side`."""
+def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int) -> list[Arrays]:
+    """The image with all that belongs to it; with `augment` also mirrored left-right, top-bottom, and rotated; at `side`."""
     variants = [pixels := _load(raw, above)]
     if augment:
         rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])  # whatever other images there are
@@ -259,19 +199,19 @@ def prepare_set(
 ) -> Path:
     """Write a raw public set to `destination` in the Data1 layout, whole or not at all.
 
-    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k and its variants (`augment_data`), test files are
-    0 … 19. All other files keep their images' names. An incomplete set, or images without a mask, are printed.
+    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k, mirrored left-right, top-bottom, and rotated by
+    up to 45 degrees, test files are 0 … 19. All other files keep their images' names. What is incomplete is printed.
 
     Args:
         name: a key of `SETS`; case, - and _ do not matter.
-        source: the folder the set was unpacked to, or one or two above it.
+        source: the folder the set was unpacked to, or one above it.
         destination: a new folder, or one with nothing but a README.md; it is returned.
         size: side in pixels, resized bilinearly, aspect ratio not kept; or "native".
         split: "usual", or "train" or "test" to put every image into that part.
         seed: of the angles of the rotated variants.
 
-    Raises `UserError`: an unknown set, size or split; `source` is not that set, or incomplete; files that cannot be read
-    or differ in size; `destination` is not empty or lies inside `source`.
+    Raises `UserError` as `list_raw` and `atomic_folder`; an unknown set, size or split; files that cannot be read or differ
+    in size; `destination` lies inside `source`.
     """
     raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
     if raw is None:
