@@ -27,7 +27,6 @@ from retina_seg.sets.layout import check_masks
 from retina_seg.utils import format_number, output_folder, write_csv
 
 COLUMNS = ("degradation", "images", "f1", "difference", "auc", "worst_f1", "worst_image")
-MEAN, WORST = "#0072b2", "#d55e00"  # blue, vermilion: told apart with every kind of colour blindness
 Degradation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # of an image (H, W, 3) uint8 RGB and its field of view (H, W) bool; gives 0 to 255, maybe of another size
 _CHANGES: dict[str, Degradation] = {
@@ -82,23 +81,10 @@ def degraded_scores(segmenter: Segmenter, pairs: Sequence[Pair], progress: bool 
     return rows
 
 
-def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
-    """F1 by degradation, of the rows of `degraded_scores`: a matplotlib figure."""
-    figure, (axis,) = visualize.new_figure(width=7.2, height=1.2 + 0.27 * len(rows))
-    places = range(len(rows))
-    for column, mark, colour, label in (("f1", "o", MEAN, "mean over images"), ("worst_f1", "x", WORST, "worst image")):
-        axis.plot([row[column] for row in rows], places, mark, color=colour, label=label)
-    axis.axvline(rows[0]["f1"], color="0.4", lw=1, ls="--", label="untouched")
-    axis.set_yticks(places, [row["degradation"] for row in rows])
-    axis.set(xlabel="F1 in the field of view", xlim=(-0.02, 1), ylim=(len(rows) - 0.5, -0.5), title=title)
-    axis.legend(frameon=False, loc="lower left")
-    return figure
-
-
 def degrade(
     weights: str | Path, data: str | Path, output: str | Path, part: str = "test", progress: bool = True, **options: Any
 ) -> list[str]:
-    """Score `weights` on one part of the dataset at `data`, degraded; writes `degrade.csv` and `degrade.png` to `output`.
+    """Score `weights` on one part of the dataset at `data`, degraded; writes `degrade.csv` to `output`.
 
     `weights`, `options`: as `Segmenter.load` takes them; precision float32 unless given. `part`: "test", "train", or
     "validation": what the run `weights` held out. Returns lines for people. Raises `UserError` as what it calls.
@@ -112,7 +98,6 @@ def degrade(
         write_csv(folder / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"
     title += f", style {options['style']}" if options.get("style") else ""
-    visualize.save_figure(folder / "degrade.png", plot(rows, title))
     lines = [title, f"{'degradation':<22}{'F1':>8}{'difference':>12}{'AUC':>8}{'worst F1':>10}  worst image"]
     for row in rows:
         f1, difference, auc, worst = (format_number(row[name]) for name in COLUMNS[2:6])
