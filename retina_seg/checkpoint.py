@@ -37,9 +37,7 @@ def find_weights(name: str | Path) -> Path:
         return path / "checkpoint.pth" if path.is_dir() else path
     if str(name) in pretrained and not path.is_dir():
         return WEIGHTS / f"{name}.pth"
-    remedy, own = f"give a run's folder, a file, or pretrained weights: {', '.join(pretrained)}", path.resolve().name
-    if path.is_dir() and own in pretrained:
-        remedy = f"its weights are in the package: --checkpoint {own}, --weights {own}"
+    remedy = f"give a run's folder, a file, or pretrained weights: {', '.join(pretrained)}"
     raise UserError(f"{path}: {'holds no checkpoint.pth' if path.is_dir() else 'no such checkpoint'}; {remedy}")
 
 
@@ -87,16 +85,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_model(
     name: str | Path, style: str | None = None, model: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, in evaluation mode on the processor, and the checkpoint's other entries.
+    """The network of the checkpoint `name`, in evaluation mode on the processor, and the checkpoint's other entries.
 
     Args:
-        name: as `find_weights` takes it.
         style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style",
             and "balanced" where that is "auto". "auto" gives logits (N, 2, H, W), of `styles.AUTO_STYLES`.
         model: the network to load the weights into; None: built by the checkpoint's "model" and "arguments".
 
-    Raises `UserError`: as `load_checkpoint`, or weights of another architecture, or weights that are not finite, or
-    no such style.
+    Raises `UserError`: as `load_checkpoint`; weights of another architecture, or not finite; no such style.
     """
     path = find_weights(name)
     checkpoint = load_checkpoint(path)

@@ -162,25 +162,25 @@ class Preset:
     values: dict[str, Any]
 
 
+# fmt: off
 _FAST = {
-    "model": "fast_attention_unet",
-    "model_arguments": {"fine": 0},
-    "frame": "fov",
-    "size": 256,
-    "fov_diameter": 720.0,
-    "augmentation": {"scale": 0.25},
-    "epochs": 20,
-    "optimizer": "muon",
-    "learning_rate": 2e-3,
-    "weight_decay": 1e-2,
-    "warmup": 0.05,
-    "ema": 0.999,
-    "clip": 1.0,
-    "validation": "none",
-    "keep": "last",
+    "model": "fast_attention_unet", "model_arguments": {"fine": 0}, "frame": "fov", "size": 256, "fov_diameter": 720.0,
+    "augmentation": {"scale": 0.25}, "epochs": 20, "optimizer": "muon", "learning_rate": 2e-3, "weight_decay": 1e-2,
+    "warmup": 0.05, "ema": 0.999, "clip": 1.0, "validation": "none", "keep": "last",
 }
 _LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: normalisation takes most of it out
 _MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
+_GENERAL = {
+    **_FAST, "model_arguments": {}, "normalise": "fov", "largest_diameter": 1440.0, "styles": "datasets", "style": "auto",
+    "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA}, "patches": 840, "epochs": 36,
+}
+_FINETUNE = {
+    **_FAST, "weights": "general", "augmentation": {"scale": 0.25, **_LIGHT}, "epochs": 5, "patches": 400,
+    "learning_rate": 2e-4, "ema": 0.99,
+}
+# fmt: on
+_TINY = {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36}
+_QUICK = {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240}
 PRESETS = {
     "notebook": Preset(
         "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
@@ -192,36 +192,11 @@ PRESETS = {
     ),
     "general": Preset(
         "any camera, from several datasets: fast with a full-resolution path and a style of labelling for each dataset",
-        {
-            **_FAST,
-            "model_arguments": {},
-            "normalise": "fov",
-            "styles": "datasets",
-            "style": "auto",
-            "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
-            "patches": 840,
-            "epochs": 36,
-            "largest_diameter": 1440.0,
-        },
+        _GENERAL,
     ),
-    "tiny": Preset(
-        "old machines, large archives: fast with 67,041 parameters",
-        {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36},
-    ),
+    "tiny": Preset("old machines, large archives: fast with 67,041 parameters", _TINY),
     "finetune": Preset(
-        "one more camera, from a few of its images: the pretrained weights general, low rate, short schedule",
-        {
-            **_FAST,
-            "weights": "general",
-            "augmentation": {"scale": 0.25, **_LIGHT},
-            "epochs": 5,
-            "patches": 400,
-            "learning_rate": 2e-4,
-            "ema": 0.99,
-        },
+        "one more camera, from a few of its images: the pretrained weights general, low rate, short schedule", _FINETUNE
     ),
-    "quick": Preset(
-        "a first look in minutes: fast on a short schedule, at the images' own scale",
-        {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240},
-    ),
+    "quick": Preset("a first look in minutes: fast on a short schedule, at the images' own scale", _QUICK),
 }

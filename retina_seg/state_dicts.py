@@ -72,8 +72,9 @@ def recognised(path: Path, value: Any) -> dict[str, Any]:
         raise UserError(f"{path}: is not a checkpoint; it holds {keys[:120]} and no weights; {SAVE}")
     if len(found) > 1:
         names = ", ".join(place or "the dictionary itself" for place in found)[:120]
-        remedy = "save one of them: torch.save(model.state_dict(), path)"
-        raise UserError(f"{path}: holds several networks ({names}); {remedy}")
+        raise UserError(
+            f"{path}: holds several networks ({names}); save one of them: torch.save(model.state_dict(), path)"
+        )
     (weights,) = map(unwrapped, found.values())
     known: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS]
     known += [(config.model, config.model_arguments) for config in map(TrainConfig.from_preset, PRESETS)]
