@@ -127,9 +127,7 @@ class TrainConfig:
         if "styles" in self.model_arguments:
             raise UserError("--model-arguments styles: is set by --styles datasets")
         if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet" or self.weights):
-            raise UserError(
-                "--styles datasets: needs --frame fov, fast_attention_unet or another with styles, no --weights"
-            )
+            raise UserError("--styles datasets: needs --frame fov, a network with styles, and no --weights")
         if self.threshold == "validation" and self.validation != "photos":
             raise UserError("--threshold validation needs held-out training photos; add --validation photos")
 

@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from retina_seg import transforms
 from retina_seg.fov import LARGEST_SIDE, fov_diameter
 from retina_seg.sets.layout import Pair, list_pairs, load_pair, load_with_fov
-from retina_seg.transforms import (
-    Augmentation,
-    FovFrame,
-    Frame,
-    augment_colour,
-    augment_geometry,
-    mask_to_tensor,
-    pad_to_stride,
-    to_tensor,
-)
+from retina_seg.transforms import Augmentation, FovFrame, Frame, mask_to_tensor, to_tensor
 from retina_seg.utils import UserError
 
 __all__ = ["DriveDataset", "FrameDataset", "Pair", "PatchDataset", "list_pairs", "load_with_fov", "split_by_photo"]
@@ -151,10 +143,10 @@ class PatchDataset(Dataset):
         rng = np.random.default_rng([self.seed, self.epoch, index])
         turn, dataset = divmod(self.epoch * self.patches + index, len(self.datasets))
         images = self.images[self.datasets[dataset]]
-        image, mask = augment_geometry(*images[turn % len(images)], self.size, self.how, rng)
+        image, mask = transforms.augment_geometry(*images[turn % len(images)], self.size, self.how, rng)
         image = image.astype(np.float32) / 255
         if self.how.recolour >= 1 or rng.random() < self.how.recolour:
-            image = augment_colour(image, self.how, rng)
+            image = transforms.augment_colour(image, self.how, rng)
         channels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
         return torch.from_numpy(channels), mask_to_tensor(mask), *([dataset] if self.styles else [])
 
@@ -170,7 +162,10 @@ class FrameDataset(Dataset):
         for pair in pairs:
             image, mask, fov = load_with_fov(pair)
             place = frame.place(fov)
-            arrays = [pad_to_stride(a, stride, frame.margin)[0] for a in (place.enter(image), place.enter_mask(mask))]
+            arrays = [
+                transforms.pad_to_stride(a, stride, frame.margin)[0]
+                for a in (place.enter(image), place.enter_mask(mask))
+            ]
             self.items.append((*arrays, *([datasets.index(pair.dataset)] if datasets else [])))
 
     def __len__(self) -> int:

@@ -40,9 +40,7 @@ class World:
         if self.size == 1 or device.type != "cuda":
             return device
         if self.local_size > torch.cuda.device_count():
-            raise UserError(
-                f"{self.local_size} processes need as many GPUs; lower --nproc_per_node or add --device cpu"
-            )
+            raise UserError(f"{self.local_size} processes need as many GPUs; lower --nproc_per_node, or --device cpu")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 

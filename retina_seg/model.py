@@ -225,14 +225,12 @@ class FastAttentionUNet(nn.Module):
         last.out_channels = len(last.bias)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "attention_unet": AttentionUNet,
-    "fast_attention_unet": FastAttentionUNet,
-}
+Factory = Callable[..., nn.Module]
+MODELS: dict[str, Factory] = {"attention_unet": AttentionUNet, "fast_attention_unet": FastAttentionUNet}
 DEFAULT_STRIDE = 32  # of a network that does not say what its height and width must be multiples of
 
 
-def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
+def register_model(name: str, factory: Factory) -> None:
     """Make a network usable by `name`: in `TrainConfig.model`, in the command (`--import`), in checkpoints.
 
     `factory`, of `model_arguments`, gives a network: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W), maybe with `stride`

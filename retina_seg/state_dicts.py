@@ -50,16 +50,15 @@ def _what_it_is(path: Path, error: Exception) -> str:
         start = file.read(64)
     code = re.search(r"GLOBAL (\S+)", str(error))
     kinds = {
-        "a NumPy file": start.startswith(b"\x93NUMPY"),
         "a safetensors file": start[8:10] == b'{"',
-        "an ONNX file": path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start),
+        "an ONNX file": path.suffix == ".onnx",
         "a TorchScript program": "TorchScript" in str(error),
         f"a whole pickled network, or holds other Python objects ({code and code[1]})": code,
     }
-    if not any(kinds.values()) and not start.startswith(b"PK") and (kind := file_kind(path)):
-        return kind if ";" in kind else f"{kind}; {SAVE}"
-    damaged = f"damaged, cut short, or not written by torch.save ({type(error).__name__}); copy it again, or {SAVE}"
-    return next((f"{kind}; {SAVE}" for kind, here in kinds.items() if here), damaged)
+    kind = next((kind for kind, here in kinds.items() if here), None if start[:2] == b"PK" else file_kind(path))
+    if kind is None:
+        return f"damaged, cut short, or not written by torch.save ({type(error).__name__}); copy it again, or {SAVE}"
+    return kind if ";" in kind else f"{kind}; {SAVE}"
 
 
 def recognised(path: Path, value: Any) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def recognised(path: Path, value: Any) -> dict[str, Any]:
     if len(found) > 1:
         names = ", ".join(place or "the dictionary itself" for place in found)[:120]
         raise UserError(
-            f"{path}: holds several networks ({names}); save one of them: torch.save(model.state_dict(), path)"
+            f"{path}: holds several networks ({names}); save one of them, by torch.save(model.state_dict(), path)"
         )
     (weights,) = map(unwrapped, found.values())
     known: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS]

@@ -194,7 +194,7 @@ def table(value: dict[str, Any]) -> str:
     """The scores of metrics.json as a table for people: a row a region (and observer), a column a score."""
     short = {"average_precision": "avg prec", "specificity": "specif", "precision": "precis", "accuracy": "accur"}
     lines = [" " * 28 + "".join(f"{short.get(name, name):>9}" for name in SCORES)]
-    for who, scores in (("network", value), ("2nd observer", value.get("second_observer"))):
+    for who, scores in (("network", value), ("2nd observer", value.get("second_observer", {}))):
         for region, shown in REGION_NAMES.items() if scores else ():
             numbers = "".join(f"{format_number(scores[region]['mean'][name]):>9}" for name in SCORES)
             lines.append(f"{who + ', ' + shown:<28}{numbers}")

@@ -154,7 +154,7 @@ def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
         parts = [sorted(part, key=lambda pair: pair.image.name) for part in (training, validation)]
         files = [([pair.image for pair in part], [pair.mask for pair in part]) for part in parts]
         first, second = (data.DriveDataset(*some, (side, side)) if some[0] else None for some in files)
-        return _Data(first, second, *parts, ResizeFrame(side, side))
+        return _Data(first, second, parts[0], parts[1], ResizeFrame(side, side))
     # stored variants of a photo would only make it count several times: augmentation draws its own
     training, validation = ([*{p.photo: p for p in reversed(part)}.values()] for part in (training, validation))
     how, styles = Augmentation.changed(config.augmentation), config.styles == "datasets"

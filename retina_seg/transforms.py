@@ -236,14 +236,14 @@ def augment_geometry(
         centre = np.floor(centre) + (size % 2 == 0) * 0.5
     shift = centre - linear @ np.full(2, (size - 1) / 2)
     ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
-    maps = [a * xs + b * ys + c for (a, b), c in zip(linear.astype(np.float32), shift.astype(np.float32), strict=True)]
+    map_x, map_y = (a * xs + b * ys + c for a, b, c in np.column_stack([linear, shift]).astype(np.float32))
     if how.bend and not exact:
         knots = max(3, size // 64)
         coarse = rng.normal(0, how.bend, (2, knots, knots)).astype(np.float32)
-        for place, bent in zip(maps, coarse, strict=True):
-            place += cv2.resize(bent, (size, size), interpolation=cv2.INTER_CUBIC)
+        map_x += cv2.resize(coarse[0], (size, size), interpolation=cv2.INTER_CUBIC)
+        map_y += cv2.resize(coarse[1], (size, size), interpolation=cv2.INTER_CUBIC)
     image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
-    return cv2.remap(image, *maps, image_how), cv2.remap(mask, *maps, mask_how)
+    return cv2.remap(image, map_x, map_y, image_how), cv2.remap(mask, map_x, map_y, mask_how)
 
 
 def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:

@@ -189,6 +189,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in the JSON file `path`. Raises `UserError`: no such file, or no JSON object in it."""
     path = user_path(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is not a regular file")  # but a pipe, say, which would be waited for
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from retina_seg.images import is_image, load_image, load_mask, visible
 from retina_seg.sets.files import ALL, KINDS, PARTS, Data, PartFiles, collect_files, find_set, list_parts
-from retina_seg.sets.layout import size_differs
+from retina_seg.sets.layout import check_size
 from retina_seg.utils import UserError, natural_sort
 
 PRINT_SIDE = 64  # pixels: the optic disc and the larger vessels are seen, a camera's noise and JPEG's blocks are not
@@ -113,6 +113,8 @@ def _check_files(report: SetReport, part: str, found: PartFiles, progress: bool)
         for kind, path in ((kind, here[name]) for kind, here in files.items() if name in here):
             try:
                 pixels, remark = (load_image if kind == "image" else load_mask)(path)
+                if image is not None:
+                    check_size(path, pixels, files["image"][name], image)
             except UserError as error:
                 report.problems.append(str(error))
                 continue
@@ -125,8 +127,6 @@ def _check_files(report: SetReport, part: str, found: PartFiles, progress: bool)
                 if pixels.min() == pixels.max():
                     report.problems.append(f"{path}: shows nothing, all its pixels are {pixels.max()}")
                 continue
-            if image is not None and (why := size_differs(path, pixels, files["image"][name], image)):
-                report.problems.append(why)
             share = _check_mask(report, path, pixels, remark, kind, odd)
             if kind == "mask":
                 figures.vessel.append(share)

@@ -21,7 +21,7 @@ TREE = """expected:
     DATA/train/image/1.png    DATA/train/mask/1.png    images and vessel masks of the same names, for training
     DATA/test/image/2.png     DATA/test/mask/2.png     the same for testing
     from a public set, as CHASE_DB1: retina-seg prepare SET SOURCE DESTINATION
-    from other files: --images "PATTERN" --masks "PATTERN", or --pairs LIST.csv with columns image, mask"""
+    from other files: --images "PATTERN" --masks "PATTERN", or --data LIST.csv with columns image, mask"""
 # what folders are called, in lower case without - _ and space
 _PARTS = {"train": ("train", "training"), "test": ("test", "testing")}
 _MANUAL = ("1stmanual", "manual", "manual1", "vesselsegmentation", "vesselsegmentations")
@@ -69,11 +69,9 @@ def find_set(data: Data) -> Root:
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
-    exact = topmost(data, lambda folder: any((folder / part / "image").is_dir() for part in PARTS))
-    found = exact or topmost(data, part_folders)
+    found = topmost(data, part_folders)
     if len(found) > 1:
-        names = ", ".join(str(folder) for folder in found[:3])
-        raise UserError(f"{data}: holds several datasets ({names}); name one of them")
+        raise UserError(f"{data}: holds several datasets ({', '.join(map(str, found[:3]))}); name one of them")
     if found:
         return found[0]
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")

@@ -21,7 +21,7 @@ from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
 from retina_seg.sets.files import KINDS, PARTS, folder_levels, topmost
-from retina_seg.sets.layout import size_differs
+from retina_seg.sets.layout import check_size
 from retina_seg.utils import UserError, create_dir, natural_key, user_path, write_csv
 
 SIZE = 512  # the side the original resizes everything to
@@ -155,8 +155,7 @@ def _load(raw: RawImage, vessel_above: int) -> Arrays:
     pixels = {"image": read_image(raw.files["image"])}
     for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
-        if why := size_differs(path, array, raw.files["image"], pixels["image"]):
-            raise UserError(why)
+        check_size(path, array, raw.files["image"], pixels["image"])
         # DRIVE's second observer decodes to 3 and 253
         pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
     return pixels

@@ -159,10 +159,8 @@ def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Tip]:
     for up, artery in product((1, -1), (True, False)):
         for arcade, thick, outward in ((temporal, 0.0145, 1), (nasal, 0.0095, -1)):
             stretch, apart = rng.uniform(0.82, 1.18), 0.05 if artery else -0.03
-            steps = rng.normal([0, apart], 0.05, (len(arcade), 2)).tolist()
-            course = [
-                eye.place(x + dx, up * (stretch * y + dy)) for (x, y), (dx, dy) in zip(arcade, steps, strict=True)
-            ]
+            shifts = rng.normal([0, apart], 0.05, (len(arcade), 2)) + [[x, 0] for x, _ in arcade]
+            course = [eye.place(x, up * (stretch * y + dy)) for (x, dy), (_, y) in zip(shifts, arcade, strict=True)]
             radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
             heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
             yield _Tip(artery, start + complex(*rng.normal(0, 0.022, 2)), heading, radius, course)
@@ -282,9 +280,8 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
     pigment = 0.03 * noise(0.3) + 0.024 * noise(0.1) + 0.024 * noise(0.035)
     stripes = np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4  # vessels of the choroid
     fovea = from_point(eye.fovea)
-    macula = rng.uniform(0.12, 0.24) * np.exp(-((fovea / 0.28) ** 2)) + rng.uniform(0.08, 0.2) * np.exp(
-        -((fovea / 0.085) ** 2)
-    )
+    macula = rng.uniform(0.12, 0.24) * np.exp(-((fovea / 0.28) ** 2))
+    macula += rng.uniform(0.08, 0.2) * np.exp(-((fovea / 0.085) ** 2))
     shade = pigment + rng.uniform(0.03, 0.12) * stripes - macula
     tint = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66]))
     colour = tint * (1 + shade[..., None] * (0.6, 1.0, 0.9))
@@ -299,7 +296,7 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
 def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.ndarray) -> np.ndarray:
     """What the camera makes of the fundus: cast, black surround, blur, noise, JPEG; returns (H, W, 3) uint8 RGB."""
     cast = rng.uniform(0.86, 1.14) * rng.uniform([0.96, 0.95, 0.9], [1.04, 1.04, 1.1])
-    seen = np.where(fov[..., None], colour * cast, rng.uniform(0.008, 0.03, 3)).astype(np.float32)
+    seen: Any = np.where(fov[..., None], colour * cast, rng.uniform(0.008, 0.03, 3)).astype(np.float32)
     blur = rng.uniform(0.5, 0.9) * eye.radius / 245  # 245 px is the field's radius in a 512 px image
     seen = cv2.GaussianBlur(seen, (0, 0), max(0.35, blur))
     # Shot noise grows with the light; it is smeared over neighbours, as demosaicing does.
