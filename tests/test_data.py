@@ -14,6 +14,7 @@ from conftest import noise
 from retina_seg.data import DriveDataset, FrameDataset, PatchDataset, split_by_photo
 from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import write_image
+from retina_seg.sets.files import match_names
 from retina_seg.sets.layout import (
     Pair,
     check_apart,
@@ -24,7 +25,6 @@ from retina_seg.sets.layout import (
     load_pair,
     load_with_fov,
 )
-from retina_seg.sets.names import match_names
 from retina_seg.sets.synthetic import data_or_synthetic
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError

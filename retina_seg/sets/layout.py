@@ -7,7 +7,7 @@ relative to the file), or {"images": PATTERN, "masks": PATTERN}. The folder's ow
 {train,test}/{fov,mask_2nd}/<name>.<ending>    optional: field of view, second observer's mask
 photos.csv                                     optional: part,name,photo[,subject] of each file
 
-`files.part_folders` knows other names of the folders, `names.match_names` other names of the masks.
+`files.part_folders` knows other names of the folders, `files.match_names` other names of the masks.
 """
 
 from __future__ import annotations
