@@ -306,7 +306,7 @@ def _threshold(options: argparse.Namespace) -> None:
     "degrade --weights general --data Data1",
     WEIGHTS,
     *DATA,
-    argument("--output", "folder for the table", "results/degraded"),
+    argument("--output", "folder for table and plot", "results/degraded"),
     argument("--part", "validation: images that the run --weights held out", "test", choices=(*PARTS, "validation")),
     THRESHOLD,
     *EXACT_NETWORK,
@@ -316,7 +316,7 @@ def _degrade(options: argparse.Namespace) -> None:
 
     how = given_options(options, "output", "part", "threshold", *EXACT_NAMES)
     _say(*degrade(options.weights, _data(options), **how))
-    _say(f"written to {options.output}: degrade.csv")
+    _say(f"written to {options.output}: degrade.csv, degrade.png")
 
 
 @command(

@@ -78,7 +78,7 @@ def test_the_segmenter_finds_the_field_of_view_in_the_degraded_image(tmp_path):
     assert (sample.probability[:, 70:] == 0).all()  # black, which `Redness` calls vessel wherever it is asked
 
 
-def test_the_command_writes_a_table(styled, tiny_set, tmp_path, capsys):
+def test_the_command_writes_table_and_figure(styled, tiny_set, tmp_path, capsys):
     arguments = ["degrade", "--weights", styled, "--data", tiny_set, "--output", tmp_path, "--style", "a"]
     assert cli.main([*map(str, arguments), "--threshold", "0.4"]) == 0
     shown, rows = capsys.readouterr().out, read_csv(tmp_path / "degrade.csv", COLUMNS)
@@ -87,3 +87,4 @@ def test_the_command_writes_a_table(styled, tiny_set, tmp_path, capsys):
     scores = score_pairs(segmenter, list_pairs(tiny_set, "test"), "native", progress=False)["fov"]["mean"]
     assert [float(rows[0][key]) for key in ("f1", "auc")] == pytest.approx([scores["f1"], scores["auc"]], abs=1e-5)
     assert all(row["degradation"] in shown for row in rows) and len(rows) == len(DEGRADATIONS)
+    assert (tmp_path / "degrade.png").read_bytes()[:4] == b"\x89PNG"

@@ -84,7 +84,7 @@ def degraded_scores(segmenter: Segmenter, pairs: Sequence[Pair], progress: bool 
 def degrade(
     weights: str | Path, data: str | Path, output: str | Path, part: str = "test", progress: bool = True, **options: Any
 ) -> list[str]:
-    """Score `weights` on one part of the dataset at `data`, degraded; writes `degrade.csv` to `output`.
+    """Score `weights` on one part of the dataset at `data`, degraded; writes `degrade.csv` and `degrade.png` to `output`.
 
     `weights`, `options`: as `Segmenter.load` takes them; precision float32 unless given. `part`: "test", "train", or
     "validation": what the run `weights` held out. Returns lines for people. Raises `UserError` as what it calls.
@@ -98,6 +98,13 @@ def degrade(
         write_csv(folder / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"
     title += f", style {options['style']}" if options.get("style") else ""
+    figure, (axis,) = visualize.new_figure(width=7.2, height=1.2 + 0.27 * len(rows))
+    for column, mark, label in (("f1", "o", "mean over images"), ("worst_f1", "x", "worst image")):
+        axis.plot([row[column] for row in rows], [row["degradation"] for row in rows], mark, label=label)
+    axis.invert_yaxis()
+    axis.set(xlabel="F1 in the field of view", xlim=(-0.02, 1), title=title)
+    axis.legend(frameon=False, loc="lower left")
+    visualize.save_figure(folder / "degrade.png", figure)
     lines = [title, f"{'degradation':<22}{'F1':>8}{'difference':>12}{'AUC':>8}{'worst F1':>10}  worst image"]
     for row in rows:
         f1, difference, auc, worst = (format_number(row[name]) for name in COLUMNS[2:6])
