@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 from retina_seg import visualize
 from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.config import check_threshold
-from retina_seg.data import Pair, list_pairs
+from retina_seg.data import Pair
 from retina_seg.device import environment, images_at_once
 from retina_seg.images import read_image, write_image
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
 from retina_seg.model import count_parameters
-from retina_seg.runs import check_untrained, held_out_pairs, unfinished
+from retina_seg.runs import scored_pairs, unfinished
 from retina_seg.sets.files import Data
 from retina_seg.sets.layout import check_masks
 from retina_seg.utils import Rows, UserError, format_number, output_folder, read_json, user_path, write_csv, write_json
@@ -145,9 +145,7 @@ def test(
     else:
         segmenter = checkpoint if isinstance(checkpoint, Segmenter) else Segmenter(checkpoint, **options)
         notes, model, path = {"model": type(segmenter.model).__name__}, {}, None
-    pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
-    if path and part == "test":
-        check_untrained(path.parent, pairs)
+    pairs = scored_pairs(checkpoint, data, part)
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size"), "given_threshold": threshold}
     what["style"] = options.get("style") or notes.get("style")
     if folder and (there := folder / "metrics.json").exists():

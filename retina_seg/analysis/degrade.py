@@ -16,13 +16,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
-from retina_seg.data import Pair, list_pairs
+from retina_seg.data import Pair
 from retina_seg.fov import fov_diameter
 from retina_seg.images import jpeg
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
-from retina_seg.runs import check_untrained, held_out_pairs, remarks
+from retina_seg.runs import remarks, scored_pairs
 from retina_seg.sets.layout import check_masks
 from retina_seg.utils import format_number, output_folder, write_csv
 
@@ -90,8 +90,7 @@ def degrade(
     "validation": what the run `weights` held out. Returns lines for people. Raises `UserError` as what it calls.
     """
     segmenter = Segmenter.load(weights, **{"precision": "float32", **options})
-    pairs = held_out_pairs(weights, data) if part == "validation" else list_pairs(data, part)
-    check_untrained(weights, pairs if part == "test" else [])
+    pairs = scored_pairs(weights, data, part)
     notes = [*check_masks(pairs), *remarks(weights)]
     with output_folder(output) as folder:
         rows = degraded_scores(segmenter, pairs, progress)

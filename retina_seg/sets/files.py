@@ -165,10 +165,9 @@ def _match(found: PartFiles) -> None:
 
 def _read_photos(table: Path, part: str, found: PartFiles) -> None:
     """Take photos and subjects from `photos.csv`; rows of a dataset without parts need none."""
-    columns = ("part", "name", "photo")
     try:
-        rows = read_csv(table, columns)
-        if any(row[key] is None for row in rows for key in columns):
+        rows = read_csv(table, ("part", "name", "photo"))
+        if any(row["photo"] is None for row in rows):
             raise UserError(f"{table}: has a row that is cut short; mend or remove it")
     except UserError as error:
         found.problems.append(str(error))
@@ -192,23 +191,20 @@ def _in_fours(images: dict[str, Path]) -> bool:
 def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
     parts = part_folders(root)
     top, kinds = parts.get(part) or parts.get(ALL) or (root / part, {})
+    no_test = "; without test images, score those that a run held out: test --part validation" if part == "test" else ""
     for kind in KINDS:
-        folders = kinds.get(kind) or []
-        folder, needed = folders[0] if folders else top / kind, kind in ("image", "mask")
-        remedy = f"add the {kind}s, or use --images and --masks"
+        folders = kinds.get(kind, [])
         if len(folders) > 1:
             names = ", ".join(path.name for path in folders)
             found.problems.append(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
         elif folders:
-            found.folders[kind] = folder
-            found.add(kind, list_images(folder))
-            if needed and not found.files[kind]:
-                found.problems.append(f"{folder}: holds no images; {remedy}")
-        elif needed:
-            state = "is the field of view beside 1st_manual, no mask" if folder.is_dir() else "no such folder"
-            if part == "test":
-                remedy += "; without test images, score those that a run held out: test --part validation"
-            found.problems.append(f"{folder}: {state}; {remedy}")
+            found.folders[kind] = folders[0]
+            found.add(kind, list_images(folders[0]))
+        if kind in ("image", "mask") and len(folders) < 2 and not found.files[kind]:
+            folder = found.folders.get(kind, top / kind)
+            state = "holds no images" if folders else "is the field of view beside 1st_manual, no mask"
+            state = state if folder.is_dir() else "no such folder"
+            found.problems.append(f"{folder}: {state}; add the {kind}s, or use --images and --masks{no_test}")
 
 
 def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
