@@ -5,8 +5,6 @@ A checkpoint is a dictionary of plain values and tensors, read with `weights_onl
 A state dict of a network of `model.MODELS`, in the usual wrappings, loads too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

@@ -4,8 +4,6 @@ Exit status: 0 done; 1 the work found something wrong (`check`), or some images 
 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib

@@ -3,8 +3,6 @@
 `sets.layout` finds the images and masks on disk.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path

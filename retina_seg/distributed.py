@@ -1,7 +1,5 @@
 """Several processes on one task, as torchrun starts them: its environment variables, one process group, rank 0 writes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Images are RGB; only the networks, which follow the original, are fed OpenCV's BGR.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

@@ -9,8 +9,6 @@ Deviation from the original: the cross-entropy is computed from the logits inste
 it does not saturate (the original clamps log p at -100, with a zero gradient beyond) and autocast accepts it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

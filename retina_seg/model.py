@@ -7,8 +7,6 @@ residual blocks and sub-pixel convolution (arXiv 1609.05158) for its stem and he
 Attribute names are checkpoint keys and never change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run's folder: where a training writes, whether it is finished, what it held out; and weights a training starts from."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Sequence

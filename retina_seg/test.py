@@ -1,7 +1,5 @@
 """Score a network on a dataset (the original's `test`): over the frame and in the field of view, by a `Protocol`."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

@@ -1,7 +1,5 @@
 """Training: one pass over a loader (`train`, `evaluate`), as the original's notebook; and the loop around them, `fit`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

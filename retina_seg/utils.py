@@ -3,8 +3,6 @@
 Imports no torch, so that what needs no network starts at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

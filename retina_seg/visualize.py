@@ -1,7 +1,5 @@
 """Strips, overlays, contact sheets and figures, from arrays and tables; nothing is scored here."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Several tested runs side by side: a table, a figure, and the differences image by image."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path

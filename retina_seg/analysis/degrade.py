@@ -4,8 +4,6 @@ Scores are taken at the untouched image's size, in its field of view: the datase
 finds the field of view in the degraded image, as in use. Where an image is resized, its probability is resized back.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Datasets as a whole: their layout on disk, public ones converted to it, synthetic ones, and what is wrong with one."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a dataset in the Data1 layout holds, and all that is wrong with it: `retina-seg check DATA`."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field

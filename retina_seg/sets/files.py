@@ -1,7 +1,5 @@
 """The files of a dataset, by part and kind, and which show one photo: of a folder, of two patterns, or of a list of pairs."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence

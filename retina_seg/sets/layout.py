@@ -10,8 +10,6 @@ photos.csv                                     optional: part,name,photo[,subjec
 `files.part_folders` knows other names of the folders, `files.match_names` other names of the masks.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

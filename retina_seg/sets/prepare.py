@@ -4,8 +4,6 @@ DRIVE at 512 is augmented as in the original's `data_augmentation` notebook. Fie
 `photos.csv` are written too.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

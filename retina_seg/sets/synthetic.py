@@ -5,8 +5,6 @@ Then retina, vessels and camera are rendered. Geometry is in units of the field'
 x right, y down; so a seed is the same eye at every size of one shape.
 """
 
-from __future__ import annotations
-
 import cmath
 import math
 from collections.abc import Iterator
