@@ -116,8 +116,7 @@ def load_model(
         raise UserError(f"{path}: {error}") from None
     except (RuntimeError, AttributeError) as error:
         first = "".join(str(error).strip().splitlines()[1:2]).strip()[:120] or "keys or shapes differ"
-        what = f"the weights are of another architecture than {checkpoint['model']}"
-        raise UserError(f"{path}: {what} ({first})") from None
+        raise UserError(f"{path}: weights of another architecture than {checkpoint['model']} ({first})") from None
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
     styles = checkpoint.get("styles", {})
@@ -160,8 +159,7 @@ def load_safely(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch remarks on odd files before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler of damaged bytes raises anything
-        what = _what_it_is(path, error)
-        raise UserError(f"{path}: is not a checkpoint that can be read safely: it is {what}") from None
+        raise UserError(f"{path}: is not a checkpoint that can be read safely: {_what_it_is(path, error)}") from None
 
 
 def _what_it_is(path: Path, error: Exception) -> str:
@@ -191,9 +189,7 @@ def recognised(path: Path, value: Any) -> dict[str, Any]:
         raise UserError(f"{path}: is not a checkpoint; it holds {keys[:120]} and no weights; {SAVE}")
     if len(found) > 1:
         names = ", ".join(place or "the dictionary itself" for place in found)[:120]
-        raise UserError(
-            f"{path}: holds several networks ({names}); save one of them, by torch.save(model.state_dict(), path)"
-        )
+        raise UserError(f"{path}: holds several networks ({names}); save one: torch.save(model.state_dict(), path)")
     (weights,) = map(unwrapped, found.values())
     known: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS]
     known += [(config.model, config.model_arguments) for config in map(TrainConfig.from_preset, PRESETS)]

@@ -34,8 +34,9 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
     folder = user_path(config.output)
     if not resume:
         if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
-            remedy = "choose another --output, go on with --resume, or remove it"
-            raise UserError(f"{folder}: already holds a run; {remedy}")
+            raise UserError(
+                f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it"
+            )
         return
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no run to go on with; train without --resume")

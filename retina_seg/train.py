@@ -160,8 +160,9 @@ def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
     patches = data.PatchDataset(training, config.fov_diameter, *drawn)
     diameter = patches.frame.fov_diameter
     if config.largest_diameter and not diameter <= config.largest_diameter <= LARGEST_SIDE:
-        low_high = f"{diameter:g}, the field-of-view diameter, and {LARGEST_SIDE} pixels"
-        raise UserError(f"--largest-diameter {config.largest_diameter}: must lie between {low_high}")
+        raise UserError(
+            f"--largest-diameter {config.largest_diameter}: must lie between {diameter:g} and {LARGEST_SIDE}"
+        )
     frame = FovFrame(diameter, config.largest_diameter, normalise)
     datasets = patches.datasets if styles else []
     whole = data.FrameDataset(validation, frame, stride, datasets) if validation else None
@@ -404,8 +405,7 @@ class _Loop:
                 torch.cuda.set_rng_state(value["random"]["cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-            what = f"is of another config or version ({why}); train anew with another --output"
-            raise UserError(f"{self.folder / LAST}: {what}") from None
+            raise UserError(f"{self.folder / LAST}: is of another config or version ({why}); train anew") from None
 
     def finish(self) -> None:
         """Choose the threshold where the config says so, draw the curves."""

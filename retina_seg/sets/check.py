@@ -194,5 +194,4 @@ def _check_copies(report: SetReport, prints: list[tuple[str, Path, str, np.ndarr
         report.problems.append(f"{file}: is in train too, as {_some(copies)}; a score on it is worth nothing")
     for part, pairs in unknown.items():
         what = f"{len(pairs)} pairs of files show one photo each but count as different photos ({_some(pairs)})"
-        remedy = "give them one photo in photos.csv, or they may be on both sides of a split"
-        report.warnings.append(f"{part}: {what}; {remedy}")
+        report.warnings.append(f"{part}: {what}; give them one photo in photos.csv, or a split may part them")

@@ -94,16 +94,18 @@ def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
     """Raises `UserError`: an image is among both, so a score on it would be worth nothing."""
     trained = {os.path.realpath(pair.image) for pair in training}
     if both := [pair.image for pair in tested if os.path.realpath(pair.image) in trained]:
-        remedy = "give other test images, or use train --validation photos, then test --part validation"
-        raise UserError(f"{both[0]}: {len(both)} of {len(tested)} test images are training images; {remedy}")
+        what = f"{len(both)} of {len(tested)} test images are training images"
+        raise UserError(f"{both[0]}: {what}; give others, or train --validation photos and test --part validation")
 
 
 def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
     """As `load_mask`, of a mask of vessels. Raises `UserError` also where most of the frame would be vessel."""
     mask, remark = load_mask(path)
     if (share := np.count_nonzero(mask > 127) / mask.size) > 0.5:
-        what = f"{100 * share:.0f} % of the frame vessel" + (f" (read as {remark})" if remark else "")
-        raise UserError(f"{path}: calls {what}; is it inverted? If so, invert it")
+        read = f" (read as {remark})" if remark else ""
+        raise UserError(
+            f"{path}: calls {100 * share:.0f} % of the frame vessel{read}; is it inverted? If so, invert it"
+        )
     return mask, remark
 
 
