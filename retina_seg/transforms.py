@@ -140,9 +140,7 @@ class FovFrame:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints keep them."""
-        optional = {"largest_diameter": self.largest_diameter, "normalise": self.normalise}
-        given = {key: value for key, value in optional.items() if value}
-        return {"kind": "fov", "fov_diameter": self.fov_diameter, **given}
+        return {"kind": "fov", **{name: value for name, value in vars(self).items() if value}}
 
 
 Frame = ResizeFrame | FovFrame

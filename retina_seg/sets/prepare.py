@@ -42,7 +42,6 @@ class RawSet:
     mask_2nd: str = ""  # of the second observer's mask
     last_train: int | None = None  # the last training image's `number`; None: by `folder`, else the first half
     complete: bool = True  # whether every image has a mask
-    vessel_above: int = 127  # mask values above this are vessel
 
 
 # fmt: off
@@ -59,10 +58,10 @@ _TABLE = (
            r"([^/]+/)?(?P<name>im\d{4})", r"([^/]+/)?{name}\.ah", "", r"([^/]+/)?{name}\.vk", complete=False),
     RawSet("HRF", 45, "images/01_dr.JPG, manual1/01_dr.tif, mask/01_dr_mask.tif",
            r"images/(?P<name>(?P<number>\d+)_(h|dr|g))", "manual1/{name}", "mask/{name}_mask", last_train=5),
-    # some copies are laid out as DRIVE is; in some 1, 2, 3 are artery, vein, both
+    # some copies are laid out as DRIVE is
     RawSet("LES-AV", 22, "images/12.png, vessel-segmentations/12.png, masks/12.gif",
            r"(?P<folder>|training/|test/)images/(?P<name>\d+)", "{folder}(vessel-segmentations|1st_manual)/{name}",
-           "{folder}masks?/{name}(_mask)?", vessel_above=0),
+           "{folder}masks?/{name}(_mask)?"),
     RawSet("FIVES", 800, "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
            r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])", "{folder}/Ground[ _]?truth/{name}"),
 )
@@ -137,9 +136,9 @@ def _images_in(raw: RawSet, folder: Path) -> list[RawImage]:
     return list(images.values()) if any("mask" in image.files for image in images.values()) else []
 
 
-def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int) -> list[Arrays]:
+def _variants(raw: RawImage, side: int | None, augment: bool, seed: int) -> list[Arrays]:
     """The image with all that belongs to it; with `augment` also mirrored left-right, top-bottom, and rotated; at `side`."""
-    variants = [pixels := _load(raw, above)]
+    variants = [pixels := _load(raw)]
     if augment:
         rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])  # whatever other images there are
         variants.append({kind: array[:, ::-1] for kind, array in pixels.items()})
@@ -148,14 +147,13 @@ def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: 
     return [_resized(variant, side) for variant in variants]
 
 
-def _load(raw: RawImage, vessel_above: int) -> Arrays:
+def _load(raw: RawImage) -> Arrays:
     """The image, RGB, and the other kinds as 0 and 255. Raises `UserError`: a file cannot be read, or two differ in size."""
     pixels = {"image": read_image(raw.files["image"])}
     for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
         check_size(path, array, raw.files["image"], pixels["image"])
-        # DRIVE's second observer decodes to 3 and 253
-        pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
+        pixels[kind] = (array > 127).astype(np.uint8) * 255  # DRIVE's second observer decodes to 3 and 253
     return pixels
 
 
@@ -238,7 +236,7 @@ def prepare_set(
             part = image.part if split == "usual" else split
             many = augment and part == "train"
             subject, source_name = image.groups.get("subject", image.name), image.files["image"].name
-            for k, pixels in enumerate(_variants(image, raw.vessel_above, side, many, seed)):
+            for k, pixels in enumerate(_variants(image, side, many, seed)):
                 file = f"{image.name}_{k}" if many else image.name
                 if augment and split == "usual":
                     file = str(4 * counts[part] + k if many else counts[part])
