@@ -1,7 +1,5 @@
 """All that is needed to repeat a training, and the presets. Imports no torch: the command's options are made from it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -76,24 +74,24 @@ class TrainConfig:
     workers: int | None = _option(int, "processes that load images; not set: 0, on a GPU 4", low=0)
 
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> TrainConfig:
+    def from_preset(cls, name: str, **changes: Any) -> "TrainConfig":
         """The preset `name` with `changes`. Raises `UserError` for an unknown name."""
         if name not in PRESETS:
             raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
         return cls(**{"preset": name, **copy.deepcopy(PRESETS[name].values), **changes})
 
     @classmethod
-    def notebook(cls, **changes: Any) -> TrainConfig:
+    def notebook(cls, **changes: Any) -> "TrainConfig":
         """The original's training."""
         return cls.from_preset("notebook", **changes)
 
     @classmethod
-    def fast(cls, **changes: Any) -> TrainConfig:
+    def fast(cls, **changes: Any) -> "TrainConfig":
         """The optimised network for one camera."""
         return cls.from_preset("fast", **changes)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> TrainConfig:
+    def from_json(cls, path: str | Path) -> "TrainConfig":
         """The config in a run's `config.json`. Raises `UserError` for a file that is none."""
         values = read_json(path).get("config")
         if not isinstance(values, dict):

@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = (
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
 FEW = 16  # a mask of at most so many values holds classes, not shades
+SQUARE = np.ones((3, 3), np.uint8)
 _REASONS = {
     MemoryError: "is too large for the memory of this machine; scale the image down",
     Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
@@ -164,8 +165,9 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
         said.append("all black, so its image counts as without vessels")
     elif len(values) <= FEW and not lossy:
         dark = [int(value) for value in values if low < value <= 127]
-        # the values of resampled edges lie in thin lines
-        solid = [v for v in dark if high <= 127 or len(values) == 3 or _fills_areas(grey == v)]
+        # the values of resampled edges lie in thin lines, without 3x3 of them anywhere
+        wide = [v for v in dark if cv2.erode((grey == v).astype(np.uint8), SQUARE, borderValue=0).any()]
+        solid = dark if high <= 127 or len(values) == 3 else wide
         if solid or len(values) == 3:
             grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
             which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
@@ -173,11 +175,6 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
     elif high <= 127:
         raise UserError(f"has no value above {high}, but vessel is above 127; save the mask as PNG of 0 and 255")
     return grey, "; ".join(said)
-
-
-def _fills_areas(pixels: np.ndarray) -> bool:
-    """Whether somewhere 3x3 of `pixels` (H, W) bool are True."""
-    return bool(cv2.erode(pixels.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any())
 
 
 def read_mask(path: str | Path) -> np.ndarray:

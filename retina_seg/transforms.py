@@ -3,8 +3,6 @@
 Training, validation, inference and the ONNX metadata use the same frames.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from dataclasses import dataclass, replace
@@ -95,7 +93,7 @@ class ResizeFrame:
         """How an image lies in the frame: of its field of view `fov` (H, W) bool only the shape counts."""
         return Placement((0, 0, *fov.shape), (self.height, self.width))
 
-    def with_size(self, size: int) -> ResizeFrame:
+    def with_size(self, size: int) -> "ResizeFrame":
         """The same at `size` x `size` pixels."""
         return ResizeFrame(size, size)
 
@@ -134,7 +132,7 @@ class FovFrame:
         image_how, mask_how = (cv2.INTER_AREA,) * 2 if scale < 1 else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
         return Placement(box, size, image_how, mask_how, inside)
 
-    def with_size(self, size: int) -> FovFrame:
+    def with_size(self, size: int) -> "FovFrame":
         """The same for one diameter of `size` pixels."""
         return FovFrame(size, normalise=self.normalise)
 
@@ -200,7 +198,7 @@ class Augmentation:
     exact: float = 0.25  # share of draws that are only rotated by quarters and mirrored, without interpolation
 
     @classmethod
-    def changed(cls, changes: dict[str, Any]) -> Augmentation:
+    def changed(cls, changes: dict[str, Any]) -> "Augmentation":
         """The defaults with `changes`. Raises `UserError` for an unknown name, or a value that is no number from 0 on."""
         for name, value in changes.items():
             if name not in cls.__dataclass_fields__:

@@ -50,7 +50,9 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     """
     if len(runs) < 2:
         raise UserError("compare needs two runs at least: retina-seg compare RUN RUN")
-    values, titles = [read_metrics(run) for run in runs], _titles(runs)
+    values = [read_metrics(run) for run in runs]
+    titles = [Path(run).name if Path(run).name != "native" else "/".join(Path(run).parts[-2:]) for run in runs]
+    titles = titles if len(set(titles)) == len(titles) else list(map(str, runs))
     output, width = create_dir(output), max(30, *map(len, titles)) + 10
     lines, rows = [], []
     for region, heading in visualize.REGION_NAMES.items():
@@ -73,9 +75,3 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     visualize.save_figure(output / "comparison.png", visualize.comparison(titles, values))
     remarks = [(value.get("model") or {}).get("unfinished") for value in values]
     return lines[:-1] + [f"note: {title}: {what}" for title, what in zip(titles, remarks, strict=True) if what]
-
-
-def _titles(runs: Sequence[str | Path]) -> list[str]:
-    """The runs' folder names; the whole paths where two are called the same."""
-    names = [Path(run).name if Path(run).name != "native" else "/".join(Path(run).parts[-2:]) for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
