@@ -158,8 +158,7 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
         if colour > 64 or (colour and not lossy and len(np.unique(brightest)) <= FEW):  # the noise of JPEG is less
             grey, said = brightest, ["colours: the brightest channel counts"]
     grey = np.array(image.convert("L") if grey is None else grey)
-    counts = np.bincount(grey.ravel(), minlength=256)
-    values = np.flatnonzero(counts)
+    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
     low, high = values[0] if len(values) > 1 else 0, values[-1]
     if high == 0:
         said.append("all black, so its image counts as without vessels")
