@@ -227,8 +227,9 @@ def _train(options: argparse.Namespace) -> None:
         if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)
             raise UserError(f"--resume goes on by the run's own config; leave out {given}, or train anew with --config")
-        written = TrainConfig.from_json(user_path(options.resume) / "config.json")
-        config = dataclasses.replace(written, output=options.resume, **changes)
+        if not (path := user_path(options.resume) / "config.json").exists():
+            raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
+        config = dataclasses.replace(TrainConfig.from_json(path), output=options.resume, **changes)
     elif options.config:
         config = dataclasses.replace(TrainConfig.from_json(options.config), **changes)
     else:

@@ -197,7 +197,7 @@ def prepare_set(
 
     Args:
         name: a key of `SETS`; case, - and _ do not matter.
-        source: the folder the set was unpacked to, or one above it.
+        source: the folder the set was unpacked to, or up to three above it.
         destination: a new folder, or one with nothing but a README.md; it is returned.
         size: side in pixels, resized bilinearly, aspect ratio not kept; or "native".
         split: "usual", or "train" or "test" to put every image into that part.
