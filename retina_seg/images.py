@@ -116,6 +116,9 @@ def as_image(image: Any) -> np.ndarray:
     """
     if isinstance(image, (str, Path)):
         return read_image(image)
+    if image is None:
+        how = "cv2.imread gives None where it cannot read a file; retina_seg.images.read_image names the cause"
+        raise ValueError(f"an image is an array, a PIL image or a path, got None: {how}")
     if isinstance(image, Image.Image):
         image = np.asarray(_on_black(as_8_bits(image)[0]).convert("RGB"))
     if hasattr(image, "is_floating_point"):  # a torch tensor, whose channels are first
