@@ -51,7 +51,7 @@ for option in ("--version", "--help"):
     except SystemExit:
         assert "torch" not in sys.modules
 from retina_seg import Segmenter, TrainConfig, fit
-heavy = {"matplotlib", "skimage", "sklearn", "scipy", "torchvision"} & set(sys.modules)
+heavy = {"matplotlib", "skimage", "sklearn", "scipy", "albumentations", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -160,15 +160,17 @@ def _load(raw: RawImage) -> Arrays:
 def rotated(pixels: Arrays, angle: float) -> Arrays:
     """Arrays rotated anticlockwise by `angle` degrees, "image" bilinearly, the others to the nearest pixel.
 
-    To the bit as by the original's `albumentations.Rotate`. What enters from beyond the frame is mirrored.
+    By the original's `albumentations.Rotate`. What enters from beyond the frame is mirrored, as in the Kaggle set.
     """
-    height, width = pixels["image"].shape[:2]
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, scale=1)
-    how = {kind: cv2.INTER_LINEAR if kind == "image" else cv2.INTER_NEAREST for kind in pixels}
-    return {
-        kind: cv2.warpAffine(array, matrix, (width, height), flags=how[kind], borderMode=cv2.BORDER_REFLECT_101)
-        for kind, array in pixels.items()
-    }
+    # it asks the network for a newer version when imported, and importing it takes seconds
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import albumentations
+
+    # the angle is given, not drawn: releases of albumentations seed their draws in different ways
+    rotate = albumentations.Rotate(limit=(angle, angle), border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    kinds = [kind for kind in pixels if kind != "image"]
+    done = albumentations.Compose([rotate])(image=pixels["image"], masks=[pixels[kind] for kind in kinds])
+    return {"image": done["image"], **dict(zip(kinds, done["masks"], strict=True))}
 
 
 def _resized(pixels: Arrays, side: int | None) -> Arrays:
