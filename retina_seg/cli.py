@@ -88,18 +88,20 @@ def _fail(message: str, status: int) -> int:
 PATTERNS = (
     argument("--images", 'instead: a pattern in quotes, as "training/images/*.tif"', nargs="+", metavar="PATTERN"),
     argument("--masks", 'and their masks, as "training/1st_manual/*.gif"', nargs="+", metavar="PATTERN"),
+    argument("--pairs", "instead: the CSV file of --data", metavar="CSV"),
 )
 FOLDER = "the dataset's folder, one above it, or a CSV file with columns image, mask[, part, fov, mask_2nd, photo, …]"
 DATA = (argument("--data", f"{FOLDER} (default: Data1)"), *PATTERNS)
 
 
 def _data(options: argparse.Namespace, default: Any = "Data1") -> Any:
-    """The dataset by --data, or by --images and --masks."""
+    """The dataset by --data, --pairs, or --images and --masks."""
     patterns = given_options(options, "images", "masks")
+    one = options.data or options.pairs
+    if len(patterns) == 1 or (patterns and one) or (options.data and options.pairs):
+        raise UserError("give --data, or --pairs, or both --images and --masks")
     if not patterns:
-        return options.data or default
-    if options.data or len(patterns) < 2:
-        raise UserError("--images and --masks: give both, or --data")
+        return one or default
     for name, files in patterns.items():
         if len(files) > 1:  # the shell has put in the files
             raise UserError(f'--{name} {files[0]} …: put the pattern in quotes, as --{name} "folder/*.png"')

@@ -5,7 +5,7 @@ Pillow decodes what has 8 bits, OpenCV what has more, pillow-heif HEIC and pydic
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import cv2
@@ -33,7 +33,7 @@ def file_format(start: bytes) -> str:
 
 
 def open_frame(file: BinaryIO) -> Frame:
-    """The first frame in a file, of a TIFF the largest, by its header. Raises whatever decoders raise, and `UserError`."""
+    """The largest frame in a file (the first of equals) by its header. Raises whatever decoders raise, and `UserError`."""
     kind = file_format(file.read(160))
     file.seek(0)
     return {"dicom": _dicom, "tiff": _tiff, "heic": _heic}.get(kind, _pillow)(file)
@@ -41,6 +41,10 @@ def open_frame(file: BinaryIO) -> Frame:
 
 def _page(number: int, count: int) -> str:
     return f"page {number + 1} of {count if count < MAX_FRAMES else 'many'}" if count > 1 else ""
+
+
+def _largest(sizes: Sequence[tuple[float, float]]) -> int:
+    return max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
 
 
 def _heic(file: BinaryIO) -> Frame:
@@ -52,9 +56,16 @@ def _heic(file: BinaryIO) -> Frame:
 
 
 def _pillow(file: BinaryIO, image: Any = None) -> Frame:
-    image, count = image or Image.open(file, formats=FORMATS), 1
+    image = image or Image.open(file, formats=FORMATS)
+    count, best = 1, 0
     with contextlib.suppress(Exception):  # damage after the first frame
         count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format in ("MPO", "HEIF"):  # in an animation all have one size
+        sizes = []
+        for number in range(min(count, MAX_FRAMES)):
+            image.seek(number)
+            sizes.append(image.size)
+        image.seek(best := _largest(sizes))
 
     def decode() -> tuple[Image.Image, str]:
         file.seek(0)
@@ -73,7 +84,7 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
         deep.getexif().update(image.getexif())
         return ImageOps.exif_transpose(deep), said
 
-    return image.size[::-1], _page(image.tell(), count), decode
+    return image.size[::-1], _page(best, count), decode
 
 
 def _tiff(file: BinaryIO) -> Frame:
@@ -91,8 +102,7 @@ def _tiff(file: BinaryIO) -> Frame:
     if not pages:
         raise Image.UnidentifiedImageError
     # of pages of one size, one in colour: others may be masks
-    sizes = [height * (width + (np.size(tags.get(258, 1)) > 2) / 2) for height, width, tags in pages.values()]
-    best = sizes.index(max(sizes))
+    best = _largest([(2 * page[0], page[1] + (np.size(page[2].get(258, 1)) > 2) / 2) for page in pages.values()])
     offset, (height, width, tags) = list(pages.items())[best]
     if tags.get(254, 0) & 1:  # it calls itself the reduced version of another image
         raise UserError("holds only a preview, as a camera's raw file does; export it as PNG or TIFF")

@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = (
 )
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
+DIM, MOST_GREY = 192, 0.15  # a mask that nowhere reaches this is dim, and no mask if so much of it lies between
 FEW = 16  # a mask of at most so many values holds classes, not shades
 SQUARE = np.ones((3, 3), np.uint8)
 _REASONS = {
@@ -138,13 +139,13 @@ def as_image(image: Any) -> np.ndarray:
 
 
 def load_mask(path: str | Path) -> tuple[np.ndarray, str]:
-    """Decode a mask: (H, W) uint8, vessel above 127, and a remark, "" if it is an ordinary one.
+    """Decode a mask: (H, W) uint8, vessel above 127, and a remark, "" if it is an ordinary one. Raises as `load_image`.
 
     Grey values are kept, with these exceptions. Of few values none above 127: all above the lowest become 255. Of three
-    values, or of few whose dark ones fill areas as no resampled edge does: those become 255. Of colours the brightest
-    channel counts. A palette is looked up: some public sets store inverted ones.
-
-    Raises as `load_image`, and where of many values none is above 127.
+    values, or of few whose dark ones fill areas as no resampled edge does: those become 255. Of many values all below 192,
+    nearly all dark or bright: those above half of the bright become 255. Of colours the brightest channel counts, and the
+    alpha channel where all that is not transparent has one colour. A palette is looked up: some public sets store inverted
+    ones.
     """
     return _read(path, _vessels)
 
@@ -153,18 +154,25 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
     """The mask (H, W) uint8 in a decoded image, and the remark of `load_mask`."""
     said, lossy, grey = [], image.format in ("JPEG", "MPO"), None
     if image.mode in ("RGBA", "LA", "PA"):
+        pixels = np.asarray(image.convert("RGBA"))
+        opaque = pixels[pixels[:, :, 3] > 0, :3]
+        if 0 not in (len(opaque), 255 - pixels[:, :, 3].min()) and np.all(opaque == opaque[0]):
+            grey, said = pixels[:, :, 3], ["in the alpha channel"]
         image = _on_black(image)
-    if image.mode not in ("1", "L"):
+    if grey is None and image.mode not in ("1", "L"):
         pixels = np.asarray(image.convert("RGB"))
         brightest = pixels.max(axis=2)
         colour = np.max(brightest - pixels.min(axis=2))
         if colour > 64 or (colour and not lossy and len(np.unique(brightest)) <= FEW):  # the noise of JPEG is less
             grey, said = brightest, ["colours: the brightest channel counts"]
     grey = np.array(image.convert("L") if grey is None else grey)
-    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    counts = np.bincount(grey.ravel(), minlength=256)
+    values = np.flatnonzero(counts)
     low, high = values[0] if len(values) > 1 else 0, values[-1]
     if high == 0:
         said.append("all black, so its image counts as without vessels")
+    elif lossy and high < FEW:
+        raise UserError(f"has no value above {high}, where JPEG has noise of its own; save the mask as PNG")
     elif len(values) <= FEW and not lossy:
         dark = [int(value) for value in values if low < value <= 127]
         # the values of resampled edges lie in thin lines, without 3x3 of them anywhere
@@ -174,8 +182,13 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
             grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
             which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
             said.append(f"values {', '.join(map(str, values))}: {which} are vessel")
-    elif high <= 127:
-        raise UserError(f"has no value above {high}, but vessel is above 127; save the mask as PNG of 0 and 255")
+    elif high < DIM:
+        level = np.percentile(grey[grey > high // 4], 90) / 2  # JPEG's noise lifts a few pixels above the mask's white
+        if np.count_nonzero((grey > level / 4) & (grey < 1.5 * level)) < MOST_GREY * grey.size:
+            grey = np.uint8(255) * (grey > level)
+            said.append(f"values up to {high}: those above {level:.0f} are vessel")
+        elif high <= 127:
+            said.append(f"its brightest value is {high}, vessel is above 127")
     return grey, "; ".join(said)
 
 
