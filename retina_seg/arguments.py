@@ -1,7 +1,5 @@
 """The arguments of the command `retina-seg`: how its jobs declare them, and the parser that is made of them."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -4,8 +4,6 @@ Exit status: 0 done; 1 the work found something wrong (`check`), or some images 
 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib
@@ -90,25 +88,24 @@ def _fail(message: str, status: int) -> int:
 PATTERNS = (
     argument("--images", 'instead: a pattern in quotes, as "training/images/*.tif"', nargs="+", metavar="PATTERN"),
     argument("--masks", 'and their masks, as "training/1st_manual/*.gif"', nargs="+", metavar="PATTERN"),
-    argument("--pairs", "instead: a CSV file; columns image, mask[, part, fov, mask_2nd, photo, subject, name]"),
+    argument("--pairs", "instead: the CSV file of --data", metavar="CSV"),
 )
-FOLDER = "the dataset's folder, one above it, or a CSV file of pairs"
+FOLDER = "the dataset's folder, one above it, or a CSV file with columns image, mask[, part, fov, mask_2nd, photo, …]"
 DATA = (argument("--data", f"{FOLDER} (default: Data1)"), *PATTERNS)
 
 
 def _data(options: argparse.Namespace, default: Any = "Data1") -> Any:
     """The dataset by --data, --pairs, or --images and --masks."""
-    given = given_options(options, "data", "pairs", "images", "masks")
-    if ("images" in given) != ("masks" in given):
-        raise UserError("--images and --masks: give both, or --data")
-    if len(given) - ("images" in given) > 1:
-        raise UserError(f"--{' and --'.join(given)}: give one dataset")
-    if "images" not in given:
-        return next(iter(given.values()), default)
-    for name, patterns in given.items():
-        if len(patterns) > 1:  # the shell has put in the files
-            raise UserError(f'--{name} {patterns[0]} …: put the pattern in quotes, as --{name} "folder/*.png"')
-    return {name: patterns[0] for name, patterns in given.items()}
+    patterns = given_options(options, "images", "masks")
+    one = options.data or options.pairs
+    if len(patterns) == 1 or (patterns and one) or (options.data and options.pairs):
+        raise UserError("give --data, or --pairs, or both --images and --masks")
+    if not patterns:
+        return one or default
+    for name, files in patterns.items():
+        if len(files) > 1:  # the shell has put in the files
+            raise UserError(f'--{name} {files[0]} …: put the pattern in quotes, as --{name} "folder/*.png"')
+    return {name: files[0] for name, files in patterns.items()}
 
 
 WEIGHTS = argument("--weights", "pretrained weights (general, drive, tiny), a file, or a run's folder", "general")
@@ -198,9 +195,7 @@ def _predict(options: argparse.Namespace) -> int:
 @command(
     "train and test in one go; on synthetic images, by the preset quick, where Data1 is empty",
     "run --data Data1",
-    argument(
-        "--preset", "where the options below start from (default: fast; quick on synthetic images)", choices=PRESETS
-    ),
+    argument("--preset", "where options start from (default: fast; quick on synthetic images)", choices=PRESETS),
     *DATA,
     argument("--output", "the run's folder, or the next free name", "results/run"),
 )
@@ -248,12 +243,12 @@ def _train(options: argparse.Namespace) -> None:
     if data := _data(options, default=None):
         changes["data"] = data[0] if isinstance(data, list) and len(data) == 1 else data
     if options.resume:
-        if not (path := user_path(options.resume) / "config.json").exists():
-            raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
         # how it is computed may change with the machine, what is computed may not
         if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
             given = ", ".join("--" + name.replace("_", "-") for name in other)
             raise UserError(f"--resume goes on by the run's own config; leave out {given}, or train anew with --config")
+        if not (path := user_path(options.resume) / "config.json").exists():
+            raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
         config = dataclasses.replace(TrainConfig.from_json(path), output=options.resume, **changes)
     elif options.config:
         config = dataclasses.replace(TrainConfig.from_json(options.config), **changes)
@@ -426,7 +421,9 @@ def _synth(options: argparse.Namespace) -> None:
     WEIGHTS,
     argument("--output", "the ONNX file; its name ends in .onnx"),
     STYLE,
-    argument("--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")),
+    argument(
+        "--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")
+    ),
     argument("--precision", "of --engine openvino", choices=("int8",)),
     argument("--data", "whose training images are measured for int8; several folders may be given", nargs="+"),
 )

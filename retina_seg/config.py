@@ -1,7 +1,5 @@
 """All that is needed to repeat a training, and the presets. Imports no torch: the command's options are made from it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -14,6 +12,7 @@ from retina_seg.utils import UserError, read_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 ENGINES, ENGINE_PRECISIONS = ("auto", "torch", "openvino"), (*PRECISIONS, "int8")  # of inference
+FRAMES, VALIDATION = ("resize", "fov"), ("photos", "test", "none")
 GROUPS = {  # the first field of each group of options -> the group's title in the command's help
     "model": "data and network",
     "frame": "working frame and patches (frame fov only)",
@@ -24,10 +23,7 @@ GROUPS = {  # the first field of each group of options -> the group's title in t
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """A field of `TrainConfig` that knows its help, type, choices and lowest value.
-
-    `default` is a value, or the type alone: `dict` for an empty one, else for "not set" (None).
-    """
+    """A field of `TrainConfig` with its help. `default`: a value, or the type alone, `dict` for {}, else for "not set"."""
     kind = default if isinstance(default, type) else type(default)
     meta = {"kind": kind, "help": help, "choices": choices, "minimum": low}
     if default is dict:
@@ -37,10 +33,7 @@ def _option(default: Any, help: str, choices: tuple[str, ...] = (), low: float |
 
 @dataclass
 class TrainConfig:
-    """All that is needed to repeat a training. What each field means stands beside it; `PRESETS` has the presets.
-
-    Raises `UserError`: by `check`, for the first value that cannot be.
-    """
+    """All that is needed to repeat a training; what each field means stands beside it."""
 
     preset: str = "custom"
     data: str | dict[str, str] | list[str | dict[str, str]] = "Data1"
@@ -49,22 +42,12 @@ class TrainConfig:
     model_arguments: dict[str, Any] = _option(dict, "its arguments, as JSON")
     weights: str | None = _option(str, "start from these weights, in their network and frame: a name, file or run")
 
-    frame: str = _option(
-        "resize", "whole images at --size, aspect ratio not kept, or patches at one scale", ("resize", "fov")
-    )
+    frame: str = _option("resize", "whole images at --size, aspect ratio not kept, or patches at one scale", FRAMES)
     size: int = _option(512, "side of what the network is fed, pixels; rounded to its stride", low=8)
-    fov_diameter: float | None = _option(
-        float, "scale to this field-of-view diameter, pixels; not set: the training images' median", low=32
-    )
-    largest_diameter: float | None = _option(
-        float, "larger images are used at up to this diameter; not set: all at one", low=32
-    )
-    normalise: str = _option(
-        "none", "light and colour normalised inside the field of view, in training and use", ("none", "fov")
-    )
-    styles: str = _option(
-        "one", "of labelling: one for all datasets, or an output channel for each", ("one", "datasets")
-    )
+    fov_diameter: float | None = _option(float, "of the field of view, pixels; not set: the images' median", low=32)
+    largest_diameter: float | None = _option(float, "of larger images; not set: as all others", low=32)
+    normalise: str = _option("none", "light and colour normalised inside the field of view", ("none", "fov"))
+    styles: str = _option("one", "of labelling: one, or an output channel for each dataset", ("one", "datasets"))
     style: str = _option("balanced", "the style that is used where none is asked for")
     augmentation: dict[str, Any] = _option(dict, "changes to transforms.Augmentation, as JSON")
     patches: int = _option(800, "patches in an epoch", low=1)
@@ -74,19 +57,13 @@ class TrainConfig:
     optimizer: str = _option("adam", "Adam (AdamW with weight decay), or Muon", ("adam", "muon"))
     learning_rate: float = _option(1e-4, "at its peak", low=1e-12)
     weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
-    warmup: float | None = _option(
-        float, "share of the steps with rising rate, then a cosine to 0; not set: constant rate", low=0
-    )
+    warmup: float | None = _option(float, "share of steps of rising rate, then a cosine; not set: constant", low=0)
     ema: float = _option(0.0, "decay of the EMA weights that are kept; 0: none", low=0)
     clip: float = _option(0.0, "largest norm of the gradient; 0: no clipping", low=0)
     loss: str = _option("dice_bce", "a name in loss.LOSSES")
     seed: int = _option(42, "of weights, order and augmentation", low=0)
 
-    validation: str = _option(
-        "photos",
-        "held-out photos with all their variants; the test part, as the original does (a leak); nothing",
-        ("photos", "test", "none"),
-    )
+    validation: str = _option("photos", "on held-out photos; the test part, as the original (a leak); none", VALIDATION)
     held_out: int = _option(4, "how many photos, or people, are held out", low=1)
     split_seed: int = _option(42, "of the draw that holds them out", low=0)
     fold: int = _option(0, "which fold of that draw, for cross-validation", low=0)
@@ -98,24 +75,24 @@ class TrainConfig:
     workers: int | None = _option(int, "processes that load images; not set: 0, on a GPU 4", low=0)
 
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> TrainConfig:
+    def from_preset(cls, name: str, **changes: Any) -> "TrainConfig":
         """The preset `name` with `changes`. Raises `UserError` for an unknown name."""
         if name not in PRESETS:
             raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
         return cls(**{"preset": name, **copy.deepcopy(PRESETS[name].values), **changes})
 
     @classmethod
-    def notebook(cls, **changes: Any) -> TrainConfig:
-        """`from_preset("notebook")`: the original's training."""
+    def notebook(cls, **changes: Any) -> "TrainConfig":
+        """The original's training."""
         return cls.from_preset("notebook", **changes)
 
     @classmethod
-    def fast(cls, **changes: Any) -> TrainConfig:
-        """`from_preset("fast")`: the optimised network for one camera."""
+    def fast(cls, **changes: Any) -> "TrainConfig":
+        """The optimised network for one camera."""
         return cls.from_preset("fast", **changes)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> TrainConfig:
+    def from_json(cls, path: str | Path) -> "TrainConfig":
         """The config in a run's `config.json`. Raises `UserError` for a file that is none."""
         values = read_json(path).get("config")
         if not isinstance(values, dict):
@@ -123,18 +100,17 @@ class TrainConfig:
         unknown = sorted(set(values) - {item.name for item in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"{path}: the config has unknown entries: {', '.join(unknown)}")
-        config = cls(**values)
         try:
-            config.check()
+            (config := cls(**values)).check()
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return config
 
     def check(self) -> None:
-        """Raises `UserError` for the first value that cannot be; the message names the option and what it may be."""
+        """Raises `UserError` for the first value that cannot be; the message names the option."""
         data = self.data if isinstance(self.data, list) else [self.data]
         paths = [self.output, *(p for one in data for p in (one.values() if isinstance(one, dict) else [one]))]
-        if not self.data or not all(isinstance(value, str) for value in paths):
+        if not self.data or not all(isinstance(path, str) for path in paths):
             raise UserError(f"data {self.data!r}, output {self.output!r}: must be paths")
         for item in dataclasses.fields(self):
             if item.metadata:
@@ -147,12 +123,10 @@ class TrainConfig:
             raise UserError("--keep best needs images to validate on; add --validation photos, or --keep last")
         if self.threshold not in ("fixed", "validation"):
             check_threshold(self.threshold)
-        if self.styles == "datasets" and self.weights:
-            raise UserError("--weights: fine-tuning has one style; leave out --styles datasets, or train anew")
         if "styles" in self.model_arguments:
             raise UserError("--model-arguments styles: is set by --styles datasets")
-        if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet"):
-            raise UserError("--styles datasets: needs --frame fov and a network with styles, as fast_attention_unet")
+        if self.styles == "datasets" and (self.frame != "fov" or self.model == "attention_unet" or self.weights):
+            raise UserError("--styles datasets: needs --frame fov, a network with styles, and no --weights")
         if self.threshold == "validation" and self.validation != "photos":
             raise UserError("--threshold validation needs held-out training photos; add --validation photos")
 
@@ -185,25 +159,25 @@ class Preset:
     values: dict[str, Any]
 
 
+# fmt: off
 _FAST = {
-    "model": "fast_attention_unet",
-    "model_arguments": {"fine": 0},
-    "frame": "fov",
-    "size": 256,
-    "fov_diameter": 720.0,
-    "augmentation": {"scale": 0.25},
-    "epochs": 20,
-    "optimizer": "muon",
-    "learning_rate": 2e-3,
-    "weight_decay": 1e-2,
-    "warmup": 0.05,
-    "ema": 0.999,
-    "clip": 1.0,
-    "validation": "none",
-    "keep": "last",
+    "model": "fast_attention_unet", "model_arguments": {"fine": 0}, "frame": "fov", "size": 256, "fov_diameter": 720.0,
+    "augmentation": {"scale": 0.25}, "epochs": 20, "optimizer": "muon", "learning_rate": 2e-3, "weight_decay": 1e-2,
+    "warmup": 0.05, "ema": 0.999, "clip": 1.0, "validation": "none", "keep": "last",
 }
 _LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: normalisation takes most of it out
 _MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
+_GENERAL = {
+    **_FAST, "model_arguments": {}, "normalise": "fov", "largest_diameter": 1440.0, "styles": "datasets", "style": "auto",
+    "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA}, "patches": 840, "epochs": 36,
+}
+_FINETUNE = {
+    **_FAST, "weights": "general", "augmentation": {"scale": 0.25, **_LIGHT}, "epochs": 5, "patches": 400,
+    "learning_rate": 2e-4, "ema": 0.99,
+}
+# fmt: on
+_TINY = {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36}
+_QUICK = {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240}
 PRESETS = {
     "notebook": Preset(
         "the original: attention_unet (664,071 parameters), Adam, 10 epochs, best epoch chosen on the test images",
@@ -215,36 +189,11 @@ PRESETS = {
     ),
     "general": Preset(
         "any camera, from several datasets: fast with a full-resolution path and a style of labelling for each dataset",
-        {
-            **_FAST,
-            "model_arguments": {},
-            "normalise": "fov",
-            "styles": "datasets",
-            "style": "auto",
-            "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA},
-            "patches": 840,
-            "epochs": 36,
-            "largest_diameter": 1440.0,
-        },
+        _GENERAL,
     ),
-    "tiny": Preset(
-        "old machines, large archives: fast with 67,041 parameters",
-        {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36},
-    ),
+    "tiny": Preset("old machines, large archives: fast with 67,041 parameters", _TINY),
     "finetune": Preset(
-        "one more camera, from a few of its images: the pretrained weights general, low rate, short schedule",
-        {
-            **_FAST,
-            "weights": "general",
-            "augmentation": {"scale": 0.25, **_LIGHT},
-            "epochs": 5,
-            "patches": 400,
-            "learning_rate": 2e-4,
-            "ema": 0.99,
-        },
+        "one more camera, from a few of its images: the pretrained weights general, low rate, short schedule", _FINETUNE
     ),
-    "quick": Preset(
-        "a first look in minutes: fast on a short schedule, at the images' own scale",
-        {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240},
-    ),
+    "quick": Preset("a first look in minutes: fast on a short schedule, at the images' own scale", _QUICK),
 }

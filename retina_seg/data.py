@@ -3,8 +3,6 @@
 `sets.layout` finds the images and masks on disk.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from retina_seg import transforms
 from retina_seg.fov import LARGEST_SIDE, fov_diameter
 from retina_seg.sets.layout import Pair, list_pairs, load_pair, load_with_fov
-from retina_seg.transforms import (
-    Augmentation,
-    FovFrame,
-    Frame,
-    augment_colour,
-    augment_geometry,
-    mask_to_tensor,
-    pad_to_stride,
-    to_tensor,
-)
+from retina_seg.transforms import Augmentation, FovFrame, Frame, mask_to_tensor, to_tensor
 from retina_seg.utils import UserError
 
 __all__ = ["DriveDataset", "FrameDataset", "Pair", "PatchDataset", "list_pairs", "load_with_fov", "split_by_photo"]
@@ -40,10 +30,9 @@ def split_by_photo(
     """Split `pairs` into (training, validation) so that all variants of a photo, and both eyes of a person, stay on one side.
 
     Args:
-        validation: how many photos, or people where the dataset tells them apart (int), or which share of them (float
-            in (0, 1)) to hold out.
-        seed: of the order they are drawn in; the same photos for the same seed.
-        fold: which fold of that order is held out, from 0 on, for cross-validation: folds do not overlap.
+        validation: how many photos, or people where they are known (int), or which share (float in (0, 1)) is held out.
+        seed: of the order they are drawn in.
+        fold: which fold of that order is held out, from 0 on; folds do not overlap.
 
     Raises `UserError`: fewer than one photo would be left on either side, or there are not so many whole folds.
     """
@@ -65,13 +54,12 @@ class DriveDataset(Dataset[tuple[Tensor, Tensor]]):
     The mask is not thresholded: the Kaggle set's masks were resized bilinearly, so vessel edges are fractions.
 
     Args:
-        images_path, masks_path: two parallel lists of files, as the original's; or a dataset as `list_pairs` takes it,
-            without `masks_path`, of which this holds `part`.
-        size: (height, width) that image and mask are resized to bilinearly, aspect ratio not kept, as the original's
-            preparation did; None (the original) takes them as they are.
+        images_path, masks_path: two parallel lists of files, as the original's; or one dataset as `list_pairs` takes
+            it, of which this holds `part`.
+        size: (height, width) that both are resized to bilinearly, aspect ratio not kept; None: as they are.
         transform: of an image (H, W, 3) uint8 RGB and its mask (H, W) uint8, gives the two changed.
 
-    Raises `UserError`: the lists differ in length or are empty; on access, a file that cannot be read or a pair of two sizes.
+    Raises `UserError`: the lists differ in length or are empty; on access as `load_pair`.
     """
 
     def __init__(
@@ -87,7 +75,7 @@ class DriveDataset(Dataset[tuple[Tensor, Tensor]]):
             images_path, masks_path = [pair.image for pair in pairs], [pair.mask for pair in pairs]
         if len(images_path) != len(masks_path):
             raise UserError(f"{len(images_path)} images but {len(masks_path)} masks: every image needs one mask")
-        if not len(images_path):
+        if not images_path:
             raise UserError("the list of images is empty; check the folder it was read from")
         self.images_path, self.masks_path = list(images_path), list(masks_path)
         self.size, self.transform = size, transform
@@ -109,17 +97,15 @@ class PatchDataset(Dataset):
 
     Item i of an epoch is a patch (3, size, size) float32 BGR in [0, 1], its mask (1, size, size) float32 in [0, 1] and,
     with `styles`, the number of its dataset; the datasets take turns, and so do the images of each. What is drawn depends
-    on (seed, epoch, i) alone, so any number of loader workers gives the same items, and an epoch can be repeated on its own.
+    on (seed, epoch, i) alone, however many workers load.
 
     Args:
         diameter: the field of view's diameter that images are scaled to, pixels; None: the median of these images.
         size: side of the patches, pixels; patches: how many make an epoch.
         normalise: whether the frame normalises light and colour (`transforms.normalise`).
 
-    Raises `UserError`: a file cannot be read, a pair of two sizes, a diameter that cannot be.
-
-    Attributes: `frame`, the working frame of the patches; `epoch`, to be set before each pass; `datasets`, their names,
-    sorted; `images`, (image, mask) pairs in the frame by these names.
+    Attributes: `frame`, the working frame; `epoch`, to be set before each pass; `datasets`, their names, sorted;
+    `images`, (image, mask) pairs in the frame by these names. Raises `UserError` as `load_with_fov`, or for `diameter`.
     """
 
     def __init__(
@@ -155,10 +141,10 @@ class PatchDataset(Dataset):
         rng = np.random.default_rng([self.seed, self.epoch, index])
         turn, dataset = divmod(self.epoch * self.patches + index, len(self.datasets))
         images = self.images[self.datasets[dataset]]
-        image, mask = augment_geometry(*images[turn % len(images)], self.size, self.how, rng)
+        image, mask = transforms.augment_geometry(*images[turn % len(images)], self.size, self.how, rng)
         image = image.astype(np.float32) / 255
         if self.how.recolour >= 1 or rng.random() < self.how.recolour:
-            image = augment_colour(image, self.how, rng)
+            image = transforms.augment_colour(image, self.how, rng)
         channels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
         return torch.from_numpy(channels), mask_to_tensor(mask), *([dataset] if self.styles else [])
 
@@ -166,9 +152,7 @@ class PatchDataset(Dataset):
 class FrameDataset(Dataset):
     """Whole images in a working frame, as inference sees them, for validation: items as `PatchDataset`'s, of any size.
 
-    Args:
-        stride: height and width are padded with black to multiples of it.
-        datasets: where given, items tell the number of their dataset in this list.
+    Height and width are padded with black to multiples of `stride`. With `datasets` items tell the number of their own.
     """
 
     def __init__(self, pairs: Sequence[Pair], frame: Frame, stride: int, datasets: Sequence[str] = ()) -> None:
@@ -176,7 +160,10 @@ class FrameDataset(Dataset):
         for pair in pairs:
             image, mask, fov = load_with_fov(pair)
             place = frame.place(fov)
-            arrays = [pad_to_stride(a, stride, frame.margin)[0] for a in (place.enter(image), place.enter_mask(mask))]
+            arrays = [
+                transforms.pad_to_stride(a, stride, frame.margin)[0]
+                for a in (place.enter(image), place.enter_mask(mask))
+            ]
             self.items.append((*arrays, *([datasets.index(pair.dataset)] if datasets else [])))
 
     def __len__(self) -> int:

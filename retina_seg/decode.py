@@ -3,8 +3,6 @@
 Pillow decodes what has 8 bits, OpenCV what has more, pillow-heif HEIC and pydicom DICOM where they are installed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Several processes on one task, as torchrun starts them: its environment variables, one process group, rank 0 writes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator
@@ -40,9 +38,7 @@ class World:
         if self.size == 1 or device.type != "cuda":
             return device
         if self.local_size > torch.cuda.device_count():
-            raise UserError(
-                f"{self.local_size} processes need as many GPUs; lower --nproc_per_node or add --device cpu"
-            )
+            raise UserError(f"{self.local_size} processes need as many GPUs; lower --nproc_per_node, or --device cpu")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 

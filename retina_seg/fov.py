@@ -3,8 +3,6 @@
 The rest of the frame is surround: nothing to segment or to score. The disc's diameter in pixels is the image's scale.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import cv2

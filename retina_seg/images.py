@@ -3,8 +3,6 @@
 Images are RGB; only the networks, which follow the original, are fed OpenCV's BGR.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io
@@ -26,33 +24,25 @@ IMAGE_SUFFIXES = (
 )
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
-FEW = 16  # a mask of at most so many values holds classes, not shades
 DIM, MOST_GREY = 192, 0.15  # a mask that nowhere reaches this is dim, and no mask if so much of it lies between
+FEW = 16  # a mask of at most so many values holds classes, not shades
+SQUARE = np.ones((3, 3), np.uint8)
 _REASONS = {
     MemoryError: "is too large for the memory of this machine; scale the image down",
     Image.DecompressionBombError: f"has more than {MAX_PIXELS:,} pixels; scale the image down",
     PermissionError: "may not be read; check its permissions",
 }
-_VIDEO = "a video; save the frame that you need as PNG"
-_OTHERS = {  # what begins so, beyond what `file_kind` knows
-    b"\x93NUMPY": "a NumPy array; write it with retina_seg.images.write_image",
-    b"%!PS": "PostScript; export it as PNG or TIFF",
-    b"\x1aE\xdf\xa3": _VIDEO,
-    b"RIFF": _VIDEO,
-}
 
 
 def _unknown(path: Path, start: bytes) -> str:
     """What a file is that is no image, with the remedy."""
-    known = next((what for mark, what in _OTHERS.items() if start.startswith(mark)), None)
-    what = _VIDEO if file_format(start) == "video" else known or file_kind(path)
+    kind, what = file_format(start), file_kind(path)
+    if kind == "video":
+        return "is not an image but a video; save the frame that you need as PNG"
+    if kind == "tiff":
+        return "is a TIFF of a kind that is not read, as of 16-bit floats; save it as PNG"
     if what is None:
-        odd = "is a TIFF of a kind that is not read, as of 16-bit floats; save it as PNG"
-        return (
-            odd
-            if file_format(start) == "tiff"
-            else "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
-        )
+        return "is not an image that can be read; give a PNG, JPEG, TIFF or DICOM file"
     return f"is not an image but {what}" + ("" if ";" in what else "; give an image file")
 
 
@@ -97,8 +87,8 @@ def _read(path: str | Path, convert: Callable[[Image.Image], tuple[np.ndarray, s
 def load_image(path: str | Path) -> tuple[np.ndarray, str]:
     """Decode a fundus image: (H, W, 3) uint8 RGB, upright by its EXIF orientation, and a remark, "" if it is an ordinary one.
 
-    Grey becomes three equal channels, transparency is laid on black, more than 8 bits are scaled (`decode.scale_to_8_bits`). Of
-    several frames it is the largest. The remark says so: "page 2 of 2; 16 bits, scaled from 12".
+    Grey becomes three equal channels, transparency is laid on black, more than 8 bits are scaled, of several frames the
+    largest is taken. The remark says so: "page 2 of 2; 16 bits, scaled from 12".
 
     Raises `UserError`: no such file, not an image, damaged, too large, a format whose package is not installed.
     """
@@ -185,8 +175,9 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
         raise UserError(f"has no value above {high}, where JPEG has noise of its own; save the mask as PNG")
     elif len(values) <= FEW and not lossy:
         dark = [int(value) for value in values if low < value <= 127]
-        # the values of resampled edges lie in thin lines
-        solid = [v for v in dark if high <= 127 or len(values) == 3 or _fills_areas(grey == v)]
+        # the values of resampled edges lie in thin lines, without 3x3 of them anywhere
+        wide = [v for v in dark if cv2.erode((grey == v).astype(np.uint8), SQUARE, borderValue=0).any()]
+        solid = dark if high <= 127 or len(values) == 3 else wide
         if solid or len(values) == 3:
             grey = np.uint8(255) * (np.isin(grey, solid) | (grey > 127))
             which = f"all above {low}" if solid == dark else f"those above 127 and {', '.join(map(str, solid))}"
@@ -199,11 +190,6 @@ def _vessels(image: Image.Image) -> tuple[np.ndarray, str]:
         elif high <= 127:
             said.append(f"its brightest value is {high}, vessel is above 127")
     return grey, "; ".join(said)
-
-
-def _fills_areas(pixels: np.ndarray) -> bool:
-    """Whether somewhere 3x3 of `pixels` (H, W) bool are True."""
-    return bool(cv2.erode(pixels.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any())
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -230,6 +216,13 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         if not done:
             raise OSError("OpenCV could not encode it")
         temporary.write_bytes(content.data)
+
+
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """`image` (H, W, 3) uint8 BGR after JPEG compression of `quality`, 1 to 100."""
+    coded = cv2.imencode(".jpg", np.ascontiguousarray(image), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded: Any = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    return decoded
 
 
 def visible(folder: str | Path) -> list[Path]:

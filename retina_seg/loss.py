@@ -1,7 +1,6 @@
 """Dice loss and Dice + cross-entropy on logits (the original's `loss` notebook).
 
-The functions are the mathematics, the modules are what a training loop holds. With p = sigmoid(logits) and targets t,
-both flattened over the whole batch, and s the smoothing term:
+With p = sigmoid(logits) and targets t, both flattened over the whole batch, and s the smoothing term:
 
     dice      = 1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s)                       in [0, 1)
     dice_bce  = dice + mean( -t log p - (1 - t) log(1 - p) )                       in [0, inf)
@@ -9,8 +8,6 @@ both flattened over the whole batch, and s the smoothing term:
 Deviation from the original: the cross-entropy is computed from the logits instead of from p. The value is the same;
 it does not saturate (the original clamps log p at -100, with a zero gradient beyond) and autocast accepts it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -22,17 +19,10 @@ from retina_seg.utils import UserError
 
 
 def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
-    """Dice loss over the whole batch.
+    """Dice loss over the whole batch: a scalar in [0, 1), float32, since sums of many pixels overflow bfloat16's precision.
 
-    Args:
-        logits: any shape, float.
-        targets: the same shape, float in [0, 1]; fractions allowed.
-        smooth: added to both sides of the fraction, so that an empty mask is no division by zero.
-
-    Returns:
-        A scalar tensor in [0, 1), float32 (sums of many pixels overflow the precision of bfloat16).
-
-    Raises `ValueError`: the shapes differ.
+    `logits` and `targets` are float tensors of one shape, targets in [0, 1]. `smooth` is added to both sides of the
+    fraction, so that an empty mask is no division by zero. Raises `ValueError`: the shapes differ.
 
     >>> round(dice_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])).item(), 6)  # 1 - (2*0.5 + 1) / (1 + 1 + 1)
     0.333333

@@ -9,8 +9,6 @@ clDice (arXiv 2003.07311) compares centre lines, by scikit-image's `skeletonize`
 harmonic mean of the share of the predicted centre line inside the mask and of the mask's inside the prediction.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ residual blocks and sub-pixel convolution (arXiv 1609.05158) for its stem and he
 Attribute names are checkpoint keys and never change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,10 +58,7 @@ class AttentionGate(nn.Module):
     v = Wv([g, s]), result v a + v, (N, out, H, W). Unlike Attention U-Net the agreement is a product, not a sum, the
     weights are one a channel, and the weighted features are added to themselves, so the gate amplifies and never mutes.
 
-    Args:
-        in_channels: [G, S].
-        out_channels: channels of the result.
-        query_kernel: side of the query's and the key's convolutions, 3 in the original.
+    `in_channels` is [G, S]; `query_kernel` the side of the query's and the key's convolutions, 3 in the original.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, query_kernel: int = 3) -> None:
@@ -103,7 +98,6 @@ class AttentionUNet(nn.Module):
     """The original's network: (N, 3, H, W) BGR in [0, 1], H and W multiples of 4 -> logits (N, 1, H, W).
 
     664,071 trainable parameters, 120 state-dict entries; a state dict of the original loads with `strict=True`.
-
     Raises `ValueError`: H or W is no multiple of 4 (`Segmenter` pads any image).
     """
 
@@ -138,18 +132,12 @@ def check_multiple(x: Tensor, stride: int) -> None:
 
 
 # the original's names for the same objects
-conv_block = ConvBlock
-encoder_block = EncoderBlock
-attention_gate = AttentionGate
-decoder_block = DecoderBlock
+conv_block, encoder_block, attention_gate, decoder_block = ConvBlock, EncoderBlock, AttentionGate, DecoderBlock
 attention_unet = AttentionUNet
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation around a shortcut: (N, C, H, W) -> the same.
-
-    The convolutions have no bias: batch normalisation removes it. `dilation` is the second one's.
-    """
+    """Two 3x3 convolutions, the second with `dilation`, and batch normalisation around a shortcut: (N, C, H, W) -> same."""
 
     def __init__(self, channels: int, dilation: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -176,8 +164,7 @@ class FastAttentionUNet(nn.Module):
 
     (N, 3, H, W) BGR in [0, 1], H and W multiples of 8 -> logits (N, styles, H, W). What differs from `AttentionUNet`:
 
-    - a pixel-unshuffle stem and a pixel-shuffle head: all wide layers work at half the resolution, a quarter of the
-      arithmetic, and no pixel is thrown away;
+    - a pixel-unshuffle stem and a pixel-shuffle head: all wide layers work at half the resolution;
     - residual blocks, the deepest ones dilated: a receptive field several times as wide;
     - a thin full-resolution path after the head, for edges narrower than two pixels;
     - the gates' query and key are 1x1 convolutions, and most convolutions have no bias where normalisation follows.
@@ -187,7 +174,7 @@ class FastAttentionUNet(nn.Module):
         deepest: channels of the third level.
         fine: channels of the full-resolution path, 0 for none.
         dropout: share of feature maps dropped inside the deepest blocks while training.
-        styles: output channels, one for each style of labelling that is trained: logits (N, styles, H, W).
+        styles: output channels, one for each style of labelling that is trained.
     """
 
     stride = 8
@@ -236,14 +223,12 @@ class FastAttentionUNet(nn.Module):
         last.out_channels = len(last.bias)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "attention_unet": AttentionUNet,
-    "fast_attention_unet": FastAttentionUNet,
-}
+Factory = Callable[..., nn.Module]
+MODELS: dict[str, Factory] = {"attention_unet": AttentionUNet, "fast_attention_unet": FastAttentionUNet}
 DEFAULT_STRIDE = 32  # of a network that does not say what its height and width must be multiples of
 
 
-def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
+def register_model(name: str, factory: Factory) -> None:
     """Make a network usable by `name`: in `TrainConfig.model`, in the command (`--import`), in checkpoints.
 
     `factory`, of `model_arguments`, gives a network: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W), maybe with `stride`
@@ -255,10 +240,7 @@ def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
 
 
 def build_model(name: str = "attention_unet", **arguments: Any) -> nn.Module:
-    """A freshly initialised network: an entry of `MODELS`, with its `arguments`.
-
-    Raises `UserError`: no such network, or one that does not take these arguments.
-    """
+    """A freshly initialised entry of `MODELS`. Raises `UserError`: there is none, or it does not take `arguments`."""
     if name not in MODELS:
         remedy = "or register yours: retina_seg.model.register_model, in the command --import MODULE"
         raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODELS)}; {remedy}")

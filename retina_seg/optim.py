@@ -6,8 +6,6 @@ those of AdamW. Deviation: the iteration runs in float32, since these layers are
 only and refuses the four-dimensional weights of convolutions; hence this one.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable

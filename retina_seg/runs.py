@@ -1,7 +1,5 @@
 """A run's folder: where a training writes, whether it is finished, what it held out; and weights a training starts from."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Sequence
@@ -36,8 +34,9 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
     folder = user_path(config.output)
     if not resume:
         if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
-            remedy = "choose another --output, go on with --resume, or remove it"
-            raise UserError(f"{folder}: already holds a run; {remedy}")
+            raise UserError(
+                f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it"
+            )
         return
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no run to go on with; train without --resume")
@@ -110,11 +109,16 @@ def default_output(
     return Path(run, "-".join(name for name, here in unusual.items() if here))
 
 
-def check_untrained(run: str | Path, tested: Sequence[Pair]) -> None:
-    """Raises `UserError`: the training in the folder `run` was on an image of `tested`. Unknown where its data are gone."""
-    try:
-        value = read_json(Path(run) / "config.json")
+def scored_pairs(weights: Any, data: Data, part: str) -> list[Pair]:
+    """The images of a `part` of the dataset at `data`: "train", "test", or "validation", what the run `weights` held out.
+
+    Raises `UserError`: it held out none; a test image is one that the run of `weights` was trained on.
+    """
+    if part == "validation":
+        return held_out_pairs(weights, data)
+    pairs, trained = list_pairs(data, part), []
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError):  # weights alone, or their data are gone
+        value = read_json(find_weights(weights).parent / "config.json")
         trained = [pair for pair in list_pairs(value["config"]["data"], "train") if pair.name in value["training"]]
-    except (UserError, OSError, KeyError, TypeError):
-        return
-    check_apart(trained, tested)
+    check_apart(trained if part == "test" else [], pairs)
+    return pairs

@@ -1,7 +1,5 @@
 """Label styles: datasets differ in which vessels their masks hold, so a network may have one output channel for each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Score a network on a dataset (the original's `test`): over the frame and in the field of view, by a `Protocol`."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
@@ -16,14 +14,14 @@ from tqdm.auto import tqdm
 from retina_seg import visualize
 from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.config import check_threshold
-from retina_seg.data import Pair, list_pairs
+from retina_seg.data import Pair
 from retina_seg.device import environment, images_at_once
 from retina_seg.images import read_image, write_image
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import SCORES, SetScores, count, score_image, scores_from_counts
 from retina_seg.model import count_parameters
-from retina_seg.runs import check_untrained, held_out_pairs, unfinished
+from retina_seg.runs import scored_pairs, unfinished
 from retina_seg.sets.files import Data
 from retina_seg.sets.layout import check_masks
 from retina_seg.utils import Rows, UserError, format_number, output_folder, read_json, user_path, write_csv, write_json
@@ -34,10 +32,7 @@ ORIGINAL_FIVE = {"Jaccard": "jaccard", "F1": "f1", "Recall": "recall", "Precisio
 
 
 def calculate_metrics(y_true: Any, y_pred: Any) -> list[float]:
-    """The original's: [jaccard, f1, recall, precision, accuracy] of two tensors or arrays of one size, both cut at 0.5.
-
-    Each is in [0, 1]; 0 where it is undefined, as scikit-learn gives it.
-    """
+    """The original's [jaccard, f1, recall, precision, accuracy] of two arrays or tensors, cut at 0.5; 0 where undefined."""
     arrays = (np.asarray(y.detach().cpu() if hasattr(y, "detach") else y).reshape(-1) > 0.5 for y in (y_true, y_pred))
     scores = scores_from_counts(count(*arrays))
     return [0.0 if math.isnan(scores[name]) else scores[name] for name in ORIGINAL_FIVE.values()]
@@ -55,11 +50,10 @@ def score_pairs(
 
     Args:
         threshold: None: the protocol's own, else the segmenter's.
-        pictures: a folder for strips (`<name>.png`) and error overlays (`<name>_errors.png`); None: none.
+        pictures: a folder for strips (`<name>.png`) and error overlays (`<name>_errors.png`).
 
-    Returns:
-        "frame", "fov", "second_observer" (empty where there is none) and "images" as in metrics.json; "threshold";
-        "seconds", the mean over images; "rankings": region -> `RankingHistogram`. Raises `UserError` as `predict_pairs`.
+    Returns "frame", "fov", "second_observer" (maybe empty) and "images" as in metrics.json; "threshold"; "seconds", the
+    mean over images; "rankings": region -> `RankingHistogram`. Raises `UserError` as `predict_pairs`.
     """
     how = get_protocol(protocol)
     threshold = threshold if threshold is not None else how.threshold or segmenter.threshold
@@ -103,10 +97,11 @@ class Scores(dict[str, Any]):
     @property
     def rows(self) -> Rows:
         """A row an image, as in metrics.csv: "name", "<region>_<score>" and "seconds"."""
-        columns = {f"{region}_{score}": (region, score) for region in REGION_NAMES for score in SCORES}
-        flat = [{name: row[region][score] for name, (region, score) in columns.items()} for row in self["images"]]
-        pairs = zip(self["images"], flat, strict=True)
-        return Rows({"name": row["name"], **scores, "seconds": row["seconds"]} for row, scores in pairs)
+        columns = [(region, score) for region in REGION_NAMES for score in SCORES]
+        return Rows(
+            {"name": row["name"], **{f"{r}_{s}": row[r][s] for r, s in columns}, "seconds": row["seconds"]}
+            for row in self["images"]
+        )
 
     @property
     def table(self) -> Any:
@@ -128,8 +123,8 @@ def test(
     """Score `checkpoint` on one part of the dataset at `data`; writes metrics.json (returned), metrics.csv, pictures.
 
     Args:
-        checkpoint, options: as `Segmenter.load` takes them; precision float32 unless given, for the same scores everywhere.
-            Or what `fit` gave back, a network, or a `Segmenter`.
+        checkpoint, options: as `Segmenter.load` takes them; precision float32 unless given. Or what `fit` gave back, a
+            network, or a `Segmenter`.
         output: the folder to write to; None: write nothing.
         part: "test", or "validation": the training images that the run `checkpoint` held out.
         pictures: whether to write `images/`, `contact_sheet.png` (worst image first) and `curves_test.png`.
@@ -142,21 +137,17 @@ def test(
     if isinstance(checkpoint, (str, Path)):
         path = find_weights(checkpoint)
         segmenter, notes, identity = Segmenter.load(path, **options), load_checkpoint(path), weights_id(path)
-        epoch = notes.get("epoch")
-        model = {"epoch": epoch, "unfinished": unfinished(path, epoch), "weights": identity}
+        model = {"epoch": notes.get("epoch"), "unfinished": unfinished(path, notes.get("epoch")), "weights": identity}
         own = folder and path.name == "checkpoint.pth" and folder.resolve().is_relative_to(path.parent.resolve())
         what["weights"] = "of this run" if own else identity
     else:
         segmenter = checkpoint if isinstance(checkpoint, Segmenter) else Segmenter(checkpoint, **options)
         notes, model, path = {"model": type(segmenter.model).__name__}, {}, None
-    pairs = held_out_pairs(checkpoint, data) if part == "validation" else list_pairs(data, part)
-    if path and part == "test":
-        check_untrained(path.parent, pairs)
+    pairs = scored_pairs(checkpoint, data, part)
     what |= {"tta": segmenter.tta, "working_size": options.get("working_size"), "given_threshold": threshold}
     what["style"] = options.get("style") or notes.get("style")
     if folder and (there := folder / "metrics.json").exists():
-        before = read_json(there).get("protocol")
-        before = before if isinstance(before, dict) else {}
+        before = read_json(there).get("protocol", {})
         if other := [key for key, value in what.items() if before.get(key, "none") != value]:
             raise UserError(f"{there}: holds other scores ({', '.join(other)}); choose another --output")
     for line in check_masks(pairs):
@@ -180,7 +171,7 @@ def test(
     rows = value.rows
     write_csv(folder / "metrics.csv", list(rows[0]), rows)
     if images:
-        rows.sort(key=lambda row: -1 if math.isnan(row["frame_f1"]) else row["frame_f1"])
+        rows.sort(key=lambda row: np.nan_to_num(row["frame_f1"], nan=-1))
         errors = (read_image(images / f"{row['name']}_errors.png") for row in rows)
         captions = [f"{row['name']}  F1 {row['frame_f1']:.4f}" for row in rows]
         write_image(folder / "contact_sheet.png", visualize.contact_sheet(errors, captions))

@@ -1,7 +1,5 @@
 """Training: one pass over a loader (`train`, `evaluate`), as the original's notebook; and the loop around them, `fit`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -54,18 +52,15 @@ def train(
     """One pass of training over `loader`, as in the original.
 
     Args:
-        loader: batches of images (N, 3, H, W) and masks (N, 1, H, W), float32 in [0, 1]; and for a network with styles
-            of labelling the style (N,) int64 of each image, whose logits alone count.
+        loader: batches of images (N, 3, H, W) and masks (N, 1, H, W), float32 in [0, 1]; for a network with styles of
+            labelling also the style (N,) int64 of each image, whose logits alone count.
         loss_fn: of (logits, masks), both (N, 1, H, W).
         precision: bfloat16 runs the network under autocast; the loss is always float32.
         clip: largest norm of the gradient, 0 for none.
         after_step: called after every step (schedule, EMA).
 
-    Returns:
-        The mean loss over batches.
-
-    Raises `ValueError`: the loader is empty. Raises `NotFinite`: the loss or a gradient is not finite; the weights are
-    those before the step.
+    Returns the mean loss over batches. Raises `ValueError`: the loader is empty. `NotFinite`: the loss or a gradient is
+    not finite; the weights are those before the step.
     """
     device = torch.device(device)
     model.train()
@@ -101,8 +96,7 @@ def evaluate(
 ) -> float:
     """The mean loss over the batches of `loader`, without learning, as in the original; arguments as `train`.
 
-    Args:
-        f1: where given, gets the F1 at 0.5 over the frame of every image: a tensor (N,) a batch.
+    `f1` gets the F1 at 0.5 over the frame of every image: a tensor (N,) a batch.
     """
     device = torch.device(device)
     model.eval()
@@ -126,7 +120,7 @@ def _mean(values: list[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class _Data:
-    """What a config trains and validates on: torch datasets, the pairs behind them, the frame for the checkpoint."""
+    """What a config trains and validates on."""
 
     training: Any
     validation: Dataset | None
@@ -162,13 +156,13 @@ def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
     # stored variants of a photo would only make it count several times: augmentation draws its own
     training, validation = ([*{p.photo: p for p in reversed(part)}.values()] for part in (training, validation))
     how, styles = Augmentation.changed(config.augmentation), config.styles == "datasets"
-    normalise = config.normalise == "fov"
-    drawn: dict[str, Any] = {"size": side, "patches": config.patches, "how": how, "seed": config.seed}
-    patches = data.PatchDataset(training, config.fov_diameter, **drawn, normalise=normalise, styles=styles)
+    drawn = (side, config.patches, how, config.seed, normalise := config.normalise == "fov", styles)
+    patches = data.PatchDataset(training, config.fov_diameter, *drawn)
     diameter = patches.frame.fov_diameter
     if config.largest_diameter and not diameter <= config.largest_diameter <= LARGEST_SIDE:
-        low_high = f"{diameter:g}, the field-of-view diameter, and {LARGEST_SIDE} pixels"
-        raise UserError(f"--largest-diameter {config.largest_diameter}: must lie between {low_high}")
+        raise UserError(
+            f"--largest-diameter {config.largest_diameter}: must lie between {diameter:g} and {LARGEST_SIDE}"
+        )
     frame = FovFrame(diameter, config.largest_diameter, normalise)
     datasets = patches.datasets if styles else []
     whole = data.FrameDataset(validation, frame, stride, datasets) if validation else None
@@ -198,12 +192,11 @@ def fit(
 ) -> Run:
     """Train by `config` and write its run folder: config.json, history.csv, curves.png, checkpoint.pth, last.pth.
 
-    Several processes (`distributed.process_group`) average their gradients; the first one validates, writes and prints,
-    and the training loss is its own.
+    Several processes average their gradients; the first one validates, writes and prints, and the training loss is its own.
 
     Args:
-        resume: go on with the run in `config.output` after its last whole epoch; the weights end equal to those of a run
-            that never stopped, to the bit on one kind of processor. More `config.epochs` than before go on after the end.
+        resume: go on with the run in `config.output` after its last whole epoch, to the same weights as without a stop.
+            With more `config.epochs` than before it goes on after the end.
         progress: show a progress bar, and a line an epoch as the original does.
         world: the processes that train together; None: this one alone.
         model: trained in place of `config.model`: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W).
@@ -212,17 +205,16 @@ def fit(
             one for training and one for validation. The config's frame is what images are brought to in use.
         callbacks: each is called after every epoch with its row of `history` and the network with the kept weights.
 
-    Raises `UserError`: a value of `config` that cannot be, data that cannot be read, a folder that cannot be written to
-    or holds another run, too little memory. `NotFinite`: the loss or a gradient is not finite; the epochs before are
-    saved. `KeyboardInterrupt`: stopped; the message says how to go on.
+    Raises `UserError`: a value of `config`, data or a folder that cannot be, too little memory. `NotFinite`: as `train`;
+    the epochs before are saved. `KeyboardInterrupt`: stopped; the message says how to go on.
     """
     world = world or World()
     config.check()
     if loss is not None:
         config = dataclasses.replace(config, loss=_name(loss))
     elif config.loss not in LOSSES:
-        remedy = "or give fit(loss=...), or register yours: retina_seg.loss.register_loss"
-        raise UserError(f"--loss {config.loss}: unknown; choose one of {', '.join(LOSSES)}; {remedy}")
+        remedy = f"choose one of {', '.join(LOSSES)}, or register yours: retina_seg.loss.register_loss"
+        raise UserError(f"--loss {config.loss}: unknown; {remedy}")
     device = world.device(config.device)
     seeding(config.seed)
     own = model
@@ -274,7 +266,7 @@ def fit(
 
 
 def _name(own: Any) -> str:
-    """What the config and the checkpoint call a network or loss that is given as an object: the name of its class."""
+    """What config and checkpoint call a network or loss that is given as an object."""
     return getattr(own, "__name__", type(own).__name__)
 
 
@@ -298,8 +290,8 @@ class _Loop:
         self.loader = DataLoader(opened.training, config.batch_size, sampler=self.sampler, num_workers=workers)
         self.steps = config.epochs * len(self.loader)
         self.state: dict[str, Any] = {"epoch": 0, "step": 0, "best": 0, "best_loss": math.inf, "history": []}
-        selected = "test" if config.validation == "test" else "validation"
         given = config.threshold not in ("fixed", "validation")
+        selected = "test" if config.validation == "test" else "validation"
         self.notes = {
             "frame": opened.frame.to_dict(),
             "threshold": float(config.threshold) if given else 0.5,
@@ -413,13 +405,12 @@ class _Loop:
                 torch.cuda.set_rng_state(value["random"]["cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-            what = f"is not of this config, or of another version of the package ({why})"
-            raise UserError(f"{self.folder / LAST}: {what}; train anew with another --output") from None
+            raise UserError(f"{self.folder / LAST}: is of another config or version ({why}); train anew") from None
 
     def finish(self) -> None:
         """Choose the threshold where the config says so, draw the curves."""
         from retina_seg.analysis.threshold import best_on
-        from retina_seg.visualize import save_curves
+        from retina_seg.visualize import curves, save_figure
 
         self._write_history()
         if self.config.threshold == "validation":
@@ -427,11 +418,11 @@ class _Loop:
             self.notes |= {"threshold": threshold, "threshold_from": "validation"}
             self.kept.load_state_dict(load_checkpoint(self.folder / "checkpoint.pth")["state_dict"])
             self._save_kept()
-        save_curves(self.folder / "curves.png", self.state["history"], best=self.state["best"])
+        save_figure(self.folder / "curves.png", curves(self.state["history"], self.state["best"]))
 
 
 def epoch_line(row: dict[str, float], kept: bool) -> str:
-    """The line an epoch, with the original's four: epoch, minutes and seconds, training and validation loss."""
+    """The line an epoch, as the original's: epoch, minutes and seconds, training and validation loss; and F1."""
     minutes, seconds = epoch_time(0, row["seconds"])
     line = f"Epoch {row['epoch']:02d} | {minutes}m {seconds}s | train loss {row['train_loss']:.3f}"
     if math.isfinite(row["validation_loss"]):

@@ -3,8 +3,7 @@
 Training, validation, inference and the ONNX metadata use the same frames.
 """
 
-from __future__ import annotations
-
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retina_seg.fov import LARGEST_SIDE, fov_box, fov_diameter
+from retina_seg.images import jpeg
 from retina_seg.utils import UserError
 
 NORMAL_MEAN, NORMAL_SPREAD = 128, 32  # grey levels: what `normalise` brings each channel to
@@ -33,10 +33,7 @@ def mask_to_tensor(mask: np.ndarray) -> Tensor:
 
 
 def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
-    """Light, contrast and tint taken out: each channel at mean 128 and standard deviation 32 over the field of view.
-
-    `image` (H, W, 3) uint8, `fov` (H, W) bool -> (H, W, 3) uint8, 0 outside of it. A channel without contrast is 128.
-    """
+    """Each channel of `image` (H, W, 3) uint8 at mean 128 and standard deviation 32 over `fov` (H, W) bool; 0 outside."""
     inside = fov.astype(np.uint8)
     mean, spread = (value.ravel() for value in cv2.meanStdDev(image, mask=inside))
     table = NORMAL_MEAN + (np.arange(256)[:, None] - mean) * NORMAL_SPREAD / np.maximum(spread, LOWEST_SPREAD)
@@ -56,9 +53,7 @@ class Placement:
 
     def enter(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (h, w, 3) uint8 in the frame."""
-        if self.normalised is not None:
-            image = normalise(image, self.normalised)
-        return self._enter(image, self.image_how)
+        return self._enter(image if self.normalised is None else normalise(image, self.normalised), self.image_how)
 
     def enter_mask(self, mask: np.ndarray) -> np.ndarray:
         """(H, W) uint8 -> (h, w) uint8 in the frame."""
@@ -72,10 +67,10 @@ class Placement:
     def leave(self, logits: np.ndarray, shape: tuple[int, int], outside: float | None = None) -> np.ndarray:
         """Logits (h, w) float32 in the frame -> probability (H, W) float32 in [0, 1] on the image, 0 beside the box.
 
-        With `outside` the logits on the image, and this value beside the box. Logits are interpolated, not probabilities:
-        these are flat where the network is sure, which shifts edges.
+        With `outside` the logits on the image, and this value beside the box.
         """
         top, left, bottom, right = self.box
+        # not probabilities are resized: they are flat where the network is sure, which would shift edges
         if logits.shape != (bottom - top, right - left):
             logits = cv2.resize(logits, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR)
         inside = torch.sigmoid(torch.from_numpy(logits)).numpy() if outside is None else logits
@@ -95,10 +90,10 @@ class ResizeFrame:
     margin = 0  # strides of black around the image
 
     def place(self, fov: np.ndarray) -> Placement:
-        """How an image with the field of view `fov` (H, W) bool lies in the frame; only its shape counts here."""
+        """How an image lies in the frame: of its field of view `fov` (H, W) bool only the shape counts."""
         return Placement((0, 0, *fov.shape), (self.height, self.width))
 
-    def with_size(self, size: int) -> ResizeFrame:
+    def with_size(self, size: int) -> "ResizeFrame":
         """The same at `size` x `size` pixels."""
         return ResizeFrame(size, size)
 
@@ -137,15 +132,13 @@ class FovFrame:
         image_how, mask_how = (cv2.INTER_AREA,) * 2 if scale < 1 else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
         return Placement(box, size, image_how, mask_how, inside)
 
-    def with_size(self, size: int) -> FovFrame:
+    def with_size(self, size: int) -> "FovFrame":
         """The same for one diameter of `size` pixels."""
         return FovFrame(size, normalise=self.normalise)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints keep them."""
-        optional = {"largest_diameter": self.largest_diameter, "normalise": self.normalise}
-        given = {key: value for key, value in optional.items() if value}
-        return {"kind": "fov", "fov_diameter": self.fov_diameter, **given}
+        return {"kind": "fov", **{name: value for name, value in vars(self).items() if value}}
 
 
 Frame = ResizeFrame | FovFrame
@@ -153,8 +146,8 @@ Frame = ResizeFrame | FovFrame
 
 def frame_from_dict(value: Any) -> Frame:
     """The frame that `to_dict` wrote. Raises `ValueError` where it is none."""
-    try:
-        if value["kind"] in ("resize", "squeeze"):  # the second in checkpoints of earlier versions
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        if value["kind"] == "resize":
             height, width = value["size"]
             if all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (height, width)):
                 return ResizeFrame(height, width)
@@ -162,8 +155,6 @@ def frame_from_dict(value: Any) -> Frame:
             frame = FovFrame(value["fov_diameter"], value.get("largest_diameter"), value.get("normalise") is True)
             if 0 < frame.fov_diameter <= (frame.largest_diameter or frame.fov_diameter) <= LARGEST_SIDE:
                 return frame
-    except (KeyError, TypeError, ValueError):
-        pass
     raise ValueError(f"working frame {str(value)[:120]} is none this version knows")
 
 
@@ -172,8 +163,7 @@ def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.n
 
     `margin`: strides of zeros at the top and left, and at least as many at the bottom and right.
     """
-    height, width = image.shape[:2]
-    space = margin * stride
+    (height, width), space = image.shape[:2], margin * stride
     # two strides at least: the deepest level needs more than one pixel
     sides = [max(2 * stride, math.ceil((side + 2 * space) / stride) * stride) for side in (height, width)]
     padded = np.zeros((*sides, *image.shape[2:]), image.dtype)
@@ -184,10 +174,7 @@ def pad_to_stride(image: np.ndarray, stride: int, margin: int = 0) -> tuple[np.n
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly training images are augmented; every draw is fresh, and zero switches a step off.
-
-    "Spread" is the standard deviation of the logarithm.
-    """
+    """How strongly training images are augmented; 0 switches a step off. "Spread": standard deviation of the logarithm."""
 
     rotate: float = 180.0  # largest rotation to either side, degrees
     flip: bool = True  # mirror half of the draws
@@ -211,7 +198,7 @@ class Augmentation:
     exact: float = 0.25  # share of draws that are only rotated by quarters and mirrored, without interpolation
 
     @classmethod
-    def changed(cls, changes: dict[str, Any]) -> Augmentation:
+    def changed(cls, changes: dict[str, Any]) -> "Augmentation":
         """The defaults with `changes`. Raises `UserError` for an unknown name, or a value that is no number from 0 on."""
         for name, value in changes.items():
             if name not in cls.__dataclass_fields__:
@@ -244,17 +231,15 @@ def augment_geometry(
         linear = np.round(linear)
         centre = np.floor(centre) + (size % 2 == 0) * 0.5
     shift = centre - linear @ np.full(2, (size - 1) / 2)
-    matrix = np.hstack([linear, shift[:, None]])
-    image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+    ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
+    map_x, map_y = (a * xs + b * ys + c for a, b, c in np.column_stack([linear, shift]).astype(np.float32))
     if how.bend and not exact:
-        ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
         knots = max(3, size // 64)
         coarse = rng.normal(0, how.bend, (2, knots, knots)).astype(np.float32)
-        bent = [cv2.resize(axis, (size, size), interpolation=cv2.INTER_CUBIC) for axis in coarse]
-        map_x, map_y = (m[0] * xs + m[1] * ys + m[2] + b for m, b in zip(matrix.astype(np.float32), bent, strict=True))
-        return cv2.remap(image, map_x, map_y, image_how), cv2.remap(mask, map_x, map_y, mask_how)
-    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | image_how)
-    return image, cv2.warpAffine(mask, matrix, (size, size), flags=cv2.WARP_INVERSE_MAP | mask_how)
+        map_x += cv2.resize(coarse[0], (size, size), interpolation=cv2.INTER_CUBIC)
+        map_y += cv2.resize(coarse[1], (size, size), interpolation=cv2.INTER_CUBIC)
+    image_how, mask_how = (cv2.INTER_NEAREST,) * 2 if exact else (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+    return cv2.remap(image, map_x, map_y, image_how), cv2.remap(mask, map_x, map_y, mask_how)
 
 
 def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generator) -> np.ndarray:
@@ -286,10 +271,8 @@ def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generato
         image = image + rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
     image = np.clip(image, 0, 1, dtype=np.float32)
     if how.jpeg and rng.random() < how.jpeg:
-        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(15, 81))]
-        _, content = cv2.imencode(".jpg", np.rint(image * 255).astype(np.uint8), quality)
-        decoded: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
-        image = decoded.astype(np.float32) / 255
+        coded = jpeg(np.rint(image * 255).astype(np.uint8), int(rng.integers(15, 81)))
+        image = coded.astype(np.float32) / 255
     if how.levels and rng.random() < how.levels:
         count = np.float32(rng.uniform(8, 48))
         image = np.clip(np.rint(image * count) / count, 0, 1)
@@ -297,7 +280,7 @@ def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generato
 
 
 def _change_channels(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One channel without contrast, only one with it, all as one of them, or another order; (H, W, 3) float32."""
+    """One channel without contrast, only one with it, all as one of them, or another order: (H, W, 3) float32."""
     kind, one = rng.integers(4), rng.integers(3)
     lit = np.float32(NORMAL_MEAN / 255) * (image.max(axis=2, keepdims=True) > 0)
     if kind == 0:

@@ -1,7 +1,5 @@
 """Strips, overlays, contact sheets and figures, from arrays and tables; nothing is scored here."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -113,11 +111,6 @@ def new_figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tup
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def save_curves(path: str | Path, history: Sequence[dict[str, float]], best: int | None = None) -> None:
-    """Write `curves` to `path`."""
-    save_figure(path, curves(history, best))
 
 
 def curves(history: Sequence[dict[str, float]], best: int | None = None) -> Any:

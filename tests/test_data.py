@@ -14,6 +14,7 @@ from conftest import noise
 from retina_seg.data import DriveDataset, FrameDataset, PatchDataset, split_by_photo
 from retina_seg.fov import find_fov, fov_diameter
 from retina_seg.images import write_image
+from retina_seg.sets.files import match_names
 from retina_seg.sets.layout import (
     Pair,
     check_apart,
@@ -21,11 +22,9 @@ from retina_seg.sets.layout import (
     collect_files,
     find_set,
     list_pairs,
-    load_fov,
     load_pair,
     load_with_fov,
 )
-from retina_seg.sets.names import match_names
 from retina_seg.sets.synthetic import data_or_synthetic
 from retina_seg.transforms import Augmentation, FovFrame, ResizeFrame, pad_to_stride, to_tensor
 from retina_seg.utils import UserError
@@ -42,6 +41,11 @@ def eye(side=121, diameter=101, seed=0):
     image[mask > 0] //= 2
     image[~fov] = 0
     return image, mask, fov
+
+
+def shades(*shape):
+    """A mask of many values, mostly dark."""
+    return np.where(noise(*shape) > 200, 255, noise(*shape) // 2).astype(np.uint8)
 
 
 def write(folder, part, kind, names, images=None):
@@ -290,11 +294,11 @@ def test_folds_are_of_photos_by_count_or_share_and_cover_everything_once():
 
 
 def test_pairs_and_fields_of_view_of_two_sizes_are_refused_naming_both_files(tmp_path):
-    pair = pair_on_disk(tmp_path, "a", noise(4, 6, 3), noise(6, 4) // 2)
+    pair = pair_on_disk(tmp_path, "a", noise(4, 6, 3), shades(6, 4))
     for use in (lambda: load_pair(pair.image, pair.mask), lambda: DriveDataset([pair.image], [pair.mask], (8, 8))[0]):
         with pytest.raises(UserError, match="a_mask.png: is 4x6 but its image 6x4 .*a_image.png"):
             use()
-    pair = pair_on_disk(tmp_path, "b", noise(4, 6, 3), noise(4, 6) // 2, np.ones((5, 5), bool))
+    pair = pair_on_disk(tmp_path, "b", noise(4, 6, 3), shades(4, 6), np.ones((5, 5), bool))
     with pytest.raises(UserError, match="b_fov.png: is 5x5 but its image 6x4 .*b_image.png"):
         load_with_fov(pair)
 

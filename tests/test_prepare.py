@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retina_seg import sets
 from retina_seg.images import list_images, read_image, read_mask
 from retina_seg.sets import prepare
 from retina_seg.sets.layout import list_pairs
-from retina_seg.sets.prepare import SETS, augment_data, load_data, prepare_set, rotated
+from retina_seg.sets.prepare import SETS, list_raw, prepare_set, rotated
 from retina_seg.utils import UserError, read_csv
 
 HEIGHT, WIDTH = 44, 40
@@ -238,7 +237,7 @@ def test_refuses_a_source_that_is_missing_or_no_set(tmp_path):
 def test_one_set_is_not_taken_for_another(name, tmp_path):
     make(name, tmp_path / "raw")
     for other in set(SETS) - {name}:
-        refused(tmp_path, f"looks like {SETS[name].name}: retina-seg prepare {name}", other, tmp_path / "raw")
+        refused(tmp_path, f"does not hold {SETS[other].name} as published", other, tmp_path / "raw")
 
 
 def test_refuses_an_image_without_its_mask(tmp_path):
@@ -336,8 +335,9 @@ def test_drive_at_512_is_the_kaggle_set(real_data, tmp_path):
 
 @pytest.mark.real
 def test_the_rotated_variant_is_the_kaggle_sets_but_for_its_angle(real_data):
-    (images, masks), _ = load_data(real_data / "DRIVE")
-    done = rotated({"image": read_image(images[2]), "mask": read_image(masks[2])[..., 0]}, 29.24299)  # found by search
+    files = list_raw(SETS["drive"], real_data / "DRIVE")[2].files
+    pixels = {"image": read_image(files["image"]), "mask": read_mask(files["mask"])}
+    done = rotated(pixels, 29.24299)  # found by search
     for kind in ("image", "mask"):
         theirs = read_image(real_data / "Data1" / "train" / kind / "11.png")
         ours = np.broadcast_to(resized(done[kind]).reshape(512, 512, -1), theirs.shape)

@@ -202,10 +202,9 @@ def test_a_plain_state_dict_of_the_original_loads_with_its_frame(tmp_path):
 
 def test_a_checkpoints_frame_and_threshold_are_its_segmenters(tmp_path):
     path = tmp_path / "odd.pth"
-    old = {"kind": "squeeze", "size": [48, 64]}  # as earlier versions wrote it
-    for frame, expected in ((old, ResizeFrame(48, 64)), (FovFrame(70.0, 90.0).to_dict(), FovFrame(70.0, 90.0))):
-        save_model(path, attention_unet(), "attention_unet", {}, frame=frame, threshold=0.3)
-        assert Segmenter.load(path).frame == expected and Segmenter.load(path).threshold == 0.3
+    for frame in (ResizeFrame(48, 64), FovFrame(70.0, 90.0)):
+        save_model(path, attention_unet(), "attention_unet", {}, frame=frame.to_dict(), threshold=0.3)
+        assert Segmenter.load(path).frame == frame and Segmenter.load(path).threshold == 0.3
         assert Segmenter.load(path, threshold=0.6).threshold == 0.6
     for notes, said in (({"frame": {"kind": "spiral"}}, "spiral"), ({"threshold": "high"}, "threshold high")):
         save_model(path, attention_unet(), "attention_unet", {}, **notes)

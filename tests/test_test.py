@@ -14,6 +14,7 @@ import torch
 from sklearn import metrics as sk
 from torch import nn
 
+from retina_seg.analysis.degrade import degrade
 from retina_seg.data import Pair, list_pairs
 from retina_seg.fov import find_fov
 from retina_seg.images import read_image, read_mask, write_image
@@ -157,6 +158,14 @@ def test_samples_come_in_order_and_an_unreadable_file_is_named(tiny_set, tmp_pat
     assert [next(samples) for _ in range(4)] == [pair.name for pair in pairs[:4]]
     with pytest.raises(UserError, match="odd.png"):
         next(samples)
+
+
+def test_an_image_that_was_trained_on_is_no_test_image(tiny_run, tiny_set, tmp_path):
+    pair, table = list_pairs(tiny_set, "train")[0], tmp_path / "pairs.csv"
+    table.write_text(f"image,mask,part\n{pair.image},{pair.mask},test")
+    for use, weights in product((test, degrade), (tiny_run, tiny_run / "checkpoint.pth")):
+        with pytest.raises(UserError, match="1 of 1 test images are training images"):
+            use(weights, table, tmp_path / "out", progress=False)
 
 
 def test_a_test_writes_its_files(tiny_run, tiny_set, tmp_path):

@@ -49,7 +49,7 @@ def same_weights(a, b) -> bool:
 
 @pytest.fixture(autouse=True)
 def without_curves(monkeypatch):  # drawing takes longer than these trainings
-    monkeypatch.setattr("retina_seg.visualize.save_curves", lambda *_, **__: None)
+    monkeypatch.setattr("retina_seg.visualize.save_figure", lambda *_, **__: None)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def test_no_test_image_mirrored_or_rotated_is_among_those_trained_on(name, real_
     planted = np.rot90(read_image(tested[3])[:, ::-1])
     prints = np.stack([*(fingerprint(read_image(path)) for path in training + tested), fingerprint(planted)])
     assert len(set(training)) == len(trained_on) >= 20
-    tests_among = [pair[:2] for pair in same_photo(prints) if pair[1] >= len(training)]
+    tests_among = [pair for pair in same_photo(prints) if pair[1] >= len(training)]
     assert tests_among == [(len(training) + 3, len(prints) - 1)]
 
 

@@ -1,7 +1,6 @@
 """Several tested runs side by side: a table, a figure, and the differences image by image."""
 
-from __future__ import annotations
-
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,16 @@ SHOWN = ("f1", "auc", "mcc", "accuracy", "recall", "precision", "cldice")
 def read_metrics(run: str | Path) -> dict[str, Any]:
     """What `metrics.json` of the folder `run` (or the file itself) holds. Raises `UserError`: no scores."""
     path = user_path(run) / "metrics.json" if user_path(run).is_dir() else user_path(run)
-    value, numbers = read_json(path) if path.exists() else {}, []
-    try:  # what is read here and in the figure: numbers, or None where undefined
-        value["protocol"].get("size")
-        named = {image["name"] for image in value["images"]}
-        for region in visualize.REGION_NAMES:
-            numbers += [image[region]["f1"] for image in value["images"]]
-            numbers += [value[region][what].get(name) for what in ("mean", "std", "pooled") for name in SCORES]
-            numbers += [*value[region]["ci95"]["f1"], value[region]["mean"]["f1"]]
-    except (KeyError, TypeError, AttributeError):
-        named = set()
-    if not named or not all(number is None or isinstance(number, (int, float)) for number in numbers):
-        raise UserError(f"{path}: holds no scores; write them with retina-seg test")
-    return value
+    value = read_json(path) if path.exists() else {}
+
+    def is_sound(region: str) -> bool:
+        statistics = [value[region][what] for what in ("mean", "std", "pooled", "ci95")]
+        return all("f1" in scores for scores in (*statistics, *(image[region] for image in value["images"])))
+
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # none, or those of another version
+        if value["images"] and value["protocol"].keys() and all(map(is_sound, visualize.REGION_NAMES)):
+            return value
+    raise UserError(f"{path}: holds no scores; write them with retina-seg test")
 
 
 def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str, score: str) -> dict[str, Any] | None:
@@ -47,14 +43,16 @@ def paired_differences(first: dict[str, Any], other: dict[str, Any], region: str
 
 
 def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
-    """Compare the tested runs in the folders `runs`; the first is the reference of the differences.
+    """Compare the tested runs in the folders `runs` with the first; returns lines for people.
 
-    Writes `comparison.csv` (a row a run, region and statistic) and `comparison.png` to `output`; returns lines for
-    people. Raises `UserError`: fewer than two runs, or one without scores.
+    Writes `comparison.csv` (a row a run, region and statistic) and `comparison.png` to `output`. Raises `UserError`: fewer
+    than two runs, or one without scores.
     """
     if len(runs) < 2:
         raise UserError("compare needs two runs at least: retina-seg compare RUN RUN")
-    values, titles = [read_metrics(run) for run in runs], _titles(runs)
+    values = [read_metrics(run) for run in runs]
+    titles = [Path(run).name if Path(run).name != "native" else "/".join(Path(run).parts[-2:]) for run in runs]
+    titles = titles if len(set(titles)) == len(titles) else list(map(str, runs))
     output, width = create_dir(output), max(30, *map(len, titles)) + 10
     lines, rows = [], []
     for region, heading in visualize.REGION_NAMES.items():
@@ -77,9 +75,3 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> list[str]:
     visualize.save_figure(output / "comparison.png", visualize.comparison(titles, values))
     remarks = [(value.get("model") or {}).get("unfinished") for value in values]
     return lines[:-1] + [f"note: {title}: {what}" for title, what in zip(titles, remarks, strict=True) if what]
-
-
-def _titles(runs: Sequence[str | Path]) -> list[str]:
-    """The runs' folder names; the whole paths where two are called the same."""
-    names = [Path(run).name if Path(run).name != "native" else "/".join(Path(run).parts[-2:]) for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]

@@ -4,8 +4,6 @@ Scores are taken at the untouched image's size, in its field of view: the datase
 finds the field of view in the degraded image, as in use. Where an image is resized, its probability is resized back.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +14,17 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from retina_seg import visualize
-from retina_seg.data import Pair, list_pairs
+from retina_seg.data import Pair
 from retina_seg.fov import fov_diameter
+from retina_seg.images import jpeg
 from retina_seg.inference.protocol import Sample, get_protocol, predict_pairs
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, ranking_scores, scores_from_counts
-from retina_seg.runs import check_untrained, held_out_pairs, remarks
+from retina_seg.runs import remarks, scored_pairs
 from retina_seg.sets.layout import check_masks
-from retina_seg.sets.synthetic import jpeg
 from retina_seg.utils import format_number, output_folder, write_csv
 
 COLUMNS = ("degradation", "images", "f1", "difference", "auc", "worst_f1", "worst_image")
-MEAN, WORST = "#0072b2", "#d55e00"  # blue, vermilion: told apart with every kind of colour blindness
 Degradation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # of an image (H, W, 3) uint8 RGB and its field of view (H, W) bool; gives 0 to 255, maybe of another size
 _CHANGES: dict[str, Degradation] = {
@@ -46,7 +43,7 @@ _CHANGES: dict[str, Degradation] = {
     "red and blue swapped": lambda image, fov: image[:, :, ::-1],
     "inverted": lambda image, fov: (255 - image) * fov[:, :, None],  # vessels bright, as in angiography
     "blurred": lambda image, fov: cv2.GaussianBlur(image, (0, 0), 2 * fov_diameter(fov) / 540),
-    "JPEG quality 20": lambda image, fov: jpeg(image, 20),
+    "JPEG quality 20": lambda image, fov: jpeg(image[:, :, ::-1], 20)[:, :, ::-1],
     "noise of 15 levels": lambda image, fov: image + np.random.default_rng(0).normal(0, 15, image.shape),
     "half size": lambda image, fov: cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA),
     "double size": lambda image, fov: cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC),
@@ -82,19 +79,6 @@ def degraded_scores(segmenter: Segmenter, pairs: Sequence[Pair], progress: bool 
     return rows
 
 
-def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
-    """F1 by degradation, of the rows of `degraded_scores`: a matplotlib figure."""
-    figure, (axis,) = visualize.new_figure(width=7.2, height=1.2 + 0.27 * len(rows))
-    places = range(len(rows))
-    for column, mark, colour, label in (("f1", "o", MEAN, "mean over images"), ("worst_f1", "x", WORST, "worst image")):
-        axis.plot([row[column] for row in rows], places, mark, color=colour, label=label)
-    axis.axvline(rows[0]["f1"], color="0.4", lw=1, ls="--", label="untouched")
-    axis.set_yticks(places, [row["degradation"] for row in rows])
-    axis.set(xlabel="F1 in the field of view", xlim=(-0.02, 1), ylim=(len(rows) - 0.5, -0.5), title=title)
-    axis.legend(frameon=False, loc="lower left")
-    return figure
-
-
 def degrade(
     weights: str | Path, data: str | Path, output: str | Path, part: str = "test", progress: bool = True, **options: Any
 ) -> list[str]:
@@ -104,15 +88,20 @@ def degrade(
     "validation": what the run `weights` held out. Returns lines for people. Raises `UserError` as what it calls.
     """
     segmenter = Segmenter.load(weights, **{"precision": "float32", **options})
-    pairs = held_out_pairs(weights, data) if part == "validation" else list_pairs(data, part)
-    check_untrained(weights, pairs if part == "test" else [])
+    pairs = scored_pairs(weights, data, part)
     notes = [*check_masks(pairs), *remarks(weights)]
     with output_folder(output) as folder:
         rows = degraded_scores(segmenter, pairs, progress)
         write_csv(folder / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"
     title += f", style {options['style']}" if options.get("style") else ""
-    visualize.save_figure(folder / "degrade.png", plot(rows, title))
+    figure, (axis,) = visualize.new_figure(width=7.2, height=1.2 + 0.27 * len(rows))
+    for column, mark, label in (("f1", "o", "mean over images"), ("worst_f1", "x", "worst image")):
+        axis.plot([row[column] for row in rows], [row["degradation"] for row in rows], mark, label=label)
+    axis.invert_yaxis()
+    axis.set(xlabel="F1 in the field of view", xlim=(-0.02, 1), title=title)
+    axis.legend(frameon=False, loc="lower left")
+    visualize.save_figure(folder / "degrade.png", figure)
     lines = [title, f"{'degradation':<22}{'F1':>8}{'difference':>12}{'AUC':>8}{'worst F1':>10}  worst image"]
     for row in rows:
         f1, difference, auc, worst = (format_number(row[name]) for name in COLUMNS[2:6])

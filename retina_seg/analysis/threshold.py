@@ -1,7 +1,5 @@
 """The threshold to cut at, by training images that runs held out: of one run, or of every fold of a cross-validation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path

@@ -1,9 +1,6 @@
 """Datasets as a whole: their layout on disk, public ones converted to it, synthetic ones, and what is wrong with one."""
 
-from __future__ import annotations
-
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,27 +18,19 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
     """
     _check_free(destination)
     final = Path(os.path.realpath(destination))  # `resolve` raises where a link leads in a circle
-    parent = next(folder for folder in final.parents if folder.is_dir())
-    moved: list[Path] = []
+    place = next(folder for folder in (final, *final.parents) if folder.is_dir())
     try:
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place) as temporary:
             folder = create_dir(Path(temporary) / "set")
             yield folder
             _check_free(destination)
             if final.is_dir():
                 for path in visible(folder):
-                    moved.append(final / path.name)
-                    shutil.move(path, moved[-1])  # `final` may be on another disk
+                    path.rename(final / path.name)
             else:
                 folder.rename(create_dir(final.parent) / final.name)
-    except BaseException as error:
-        for path in moved:
-            shutil.rmtree(path, ignore_errors=True)
-            if path.is_file():
-                path.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{destination}: cannot be written ({error.strerror or error})") from error
-        raise
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be written ({error.strerror or error})") from error
 
 
 def _check_free(destination: Path) -> None:

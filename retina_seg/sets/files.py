@@ -1,17 +1,15 @@
 """The files of a dataset, by part and kind, and which show one photo: of a folder, of two patterns, or of a list of pairs."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from retina_seg.images import list_images, read_image, visible
-from retina_seg.sets.names import match_names
 from retina_seg.utils import UserError, file_kind, natural_sort, read_csv, user_path
 
 PARTS = ("train", "test")
@@ -20,8 +18,8 @@ KINDS = ("image", "mask", "fov", "mask_2nd")
 TREE = """expected:
     DATA/train/image/1.png    DATA/train/mask/1.png    images and vessel masks of the same names, for training
     DATA/test/image/2.png     DATA/test/mask/2.png     the same for testing
-    from a public set: retina-seg prepare SET SOURCE DESTINATION
-    from other files: --images "PATTERN" --masks "PATTERN", or --pairs LIST.csv with columns image, mask"""
+    from a public set, as CHASE_DB1: retina-seg prepare SET SOURCE DESTINATION
+    from other files: --images "PATTERN" --masks "PATTERN", or --data LIST.csv with columns image, mask"""
 # what folders are called, in lower case without - _ and space
 _PARTS = {"train": ("train", "training"), "test": ("test", "testing")}
 _MANUAL = ("1stmanual", "manual", "manual1", "vesselsegmentation", "vesselsegmentations")
@@ -33,6 +31,13 @@ _NAMES = {
     "fov": ("fov", "fovs"),
     "mask_2nd": ("mask2nd", "2ndmanual", "manual2"),
 }
+# an observer's mark with its number, a number, or a word; of a name in lower case
+_WORD = re.compile(
+    r"(?<=[\W_])(?:manual|observer|expert|annotator|ho|gt)[1-9](?!\d)|(?:1st|2nd|3rd)[a-z]*|\d+|[^\W\d_]+"
+)
+_OF_MASKS = re.compile(r"mask|gt|truth|label|annot|manual|vessel|seg|observer|expert|binary|target|ah$|[123](st|nd|rd)")
+_KEPT = re.compile(r"\d+|l|r|od|os|ou|left|right")  # a number, or which eye it is: never ignored
+_MOST = 4  # words that are ignored at one end
 Data = str | Path | dict[str, str]
 Root = Path | dict[str, str]  # what `find_set` gives
 
@@ -69,16 +74,11 @@ def find_set(data: Data) -> Root:
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
-    exact = _topmost(data, lambda folder: any((folder / part / "image").is_dir() for part in PARTS))
-    found = exact or _topmost(data, part_folders)
+    found = topmost(data, part_folders)
     if len(found) > 1:
-        names = ", ".join(str(folder) for folder in found[:3])
-        raise UserError(f"{data}: holds several datasets ({names}); name one of them")
+        raise UserError(f"{data}: holds several datasets ({', '.join(map(str, found[:3]))}); name one of them")
     if found:
         return found[0]
-    for folder in _topmost(data, lambda folder: (folder / "Image_01L.jpg").is_file()):
-        patterns = f'--images "{folder}/Image_*.jpg" --masks "{folder}/Image_*_1stHO.png"'
-        raise UserError(f"{data}: is CHASE_DB1: retina-seg prepare chase_db1 {data} NEW_FOLDER, or {patterns}")
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
 
 
@@ -90,7 +90,7 @@ def folder_levels(top: Path, count: int) -> Iterator[list[Path]]:
         level = [below for folder in level for below in visible(folder) if below.is_dir()]
 
 
-def _topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
+def topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
     """The folders that are `known`, of the first level of `top` that has any, up to three levels below it."""
     levels = ([folder for folder in level if known(folder)] for level in folder_levels(top, 4))
     return next(filter(None, levels), [])
@@ -163,10 +163,9 @@ def _match(found: PartFiles) -> None:
 
 def _read_photos(table: Path, part: str, found: PartFiles) -> None:
     """Take photos and subjects from `photos.csv`; rows of a dataset without parts need none."""
-    columns = ("part", "name", "photo")
     try:
-        rows = read_csv(table, columns)
-        if any(row[key] is None for row in rows for key in columns):
+        rows = read_csv(table, ("part", "name", "photo"))
+        if any(row["photo"] is None for row in rows):
             raise UserError(f"{table}: has a row that is cut short; mend or remove it")
     except UserError as error:
         found.problems.append(str(error))
@@ -190,23 +189,20 @@ def _in_fours(images: dict[str, Path]) -> bool:
 def _collect_folders(root: Path, part: str, found: PartFiles) -> None:
     parts = part_folders(root)
     top, kinds = parts.get(part) or parts.get(ALL) or (root / part, {})
+    no_test = "; without test images, score those that a run held out: test --part validation" if part == "test" else ""
     for kind in KINDS:
-        folders = kinds.get(kind) or []
-        folder, needed = folders[0] if folders else top / kind, kind in ("image", "mask")
-        remedy = f"add the {kind}s, or use --images and --masks"
+        folders = kinds.get(kind, [])
         if len(folders) > 1:
             names = ", ".join(path.name for path in folders)
             found.problems.append(f"{top}: its {kind}s may be in {names}; keep one, or use --images and --masks")
         elif folders:
-            found.folders[kind] = folder
-            found.add(kind, list_images(folder))
-            if needed and not found.files[kind]:
-                found.problems.append(f"{folder}: holds no images; {remedy}")
-        elif needed:
-            state = "is the field of view beside 1st_manual, no mask" if folder.is_dir() else "no such folder"
-            if part == "test":
-                remedy += "; without test images, score those that a run held out: test --part validation"
-            found.problems.append(f"{folder}: {state}; {remedy}")
+            found.folders[kind] = folders[0]
+            found.add(kind, list_images(folders[0]))
+        if kind in ("image", "mask") and len(folders) < 2 and not found.files[kind]:
+            folder = found.folders.get(kind, top / kind)
+            state = "holds no images" if folders else "is the field of view beside 1st_manual, no mask"
+            state = state if folder.is_dir() else "no such folder"
+            found.problems.append(f"{folder}: {state}; add the {kind}s, or use --images and --masks{no_test}")
 
 
 def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
@@ -269,3 +265,39 @@ def _collect_rows(table: Path, part: str, found: PartFiles) -> None:
             if kind in ("image", "mask") and uses.setdefault(path, use) != use:
                 found.problems.append(f"{path}: is the {uses[path]} and the {use} in {table}; correct the row")
             found.files[kind][name] = path
+
+
+def match_names(images: Sequence[str], masks: Sequence[str]) -> dict[str, str]:
+    """Name of an image -> name of its mask; names without endings. What is left over, or would match twice, is not in it.
+
+    Where any two are equal, only equal ones match. Else words at the start or end that all names of one list share are
+    ignored, as few as give the most matches: 21_training and 21_manual1, Image_01L and Image_01L_1stHO, img1 and mask1.
+    Numbers and sides (L, OD, left) never are; words of both lists only where those of the masks alone mean a mask.
+    """
+    if equal := set(images) & set(masks):
+        return {name: name for name in images if name in equal}
+    best: dict[str, str] = {}
+    words = [{name: tuple(_WORD.findall(name.lower())) for name in names} for names in (images, masks)]
+    for cuts in sorted(product(*map(_cuts, words)), key=lambda cuts: sum(map(sum, cuts))):
+        lost, keys = [], []
+        for names, (start, end) in zip(words, cuts, strict=True):
+            key: dict[tuple[str, ...], list[str]] = {}
+            for name, all_words in names.items():
+                key.setdefault(all_words[start : len(all_words) - end], []).append(name)
+            keys.append(key)
+            lost.append({*all_words[:start], *all_words[len(all_words) - end :]} if names else set())
+        if all(lost) and not all(map(_OF_MASKS.match, lost[1] - lost[0])):
+            continue
+        ours, theirs = keys
+        found = {ours[k][0]: theirs[k][0] for k in ours if k and len(ours[k]) == len(theirs.get(k, "")) == 1}
+        best = max(best, found, key=len)
+    return best
+
+
+def _cuts(names: dict[str, tuple[str, ...]]) -> list[tuple[int, int]]:
+    """How many words may be ignored at the start and at the end of all `names`: every choice."""
+    ends = []
+    for words in (names.values(), [words[::-1] for words in names.values()]):
+        shared = [len({*column}) == 1 and not _KEPT.fullmatch(column[0]) for column in zip(*words, strict=False)]
+        ends.append(range([*shared[:_MOST], False].index(False) + 1))
+    return list(product(ends[0], ends[1]))

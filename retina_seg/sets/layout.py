@@ -7,10 +7,8 @@ relative to the file), or {"images": PATTERN, "masks": PATTERN}. The folder's ow
 {train,test}/{fov,mask_2nd}/<name>.<ending>    optional: field of view, second observer's mask
 photos.csv                                     optional: part,name,photo[,subject] of each file
 
-`files.part_folders` knows other names of the folders, `names.match_names` other names of the masks.
+`files.part_folders` knows other names of the folders, `files.match_names` other names of the masks.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Sequence
@@ -53,9 +51,8 @@ def list_pairs(
     Of several datasets, names, photos and subjects begin with the dataset's folder name.
 
     Args:
-        data: a folder, a CSV file or patterns (see the module's docstring), or several; or one of the following instead.
-        images, masks: patterns of files, relative to the working folder, such as "training/images/*.tif".
-        csv: a CSV file of pairs.
+        data: a folder, a CSV file or patterns (see the module's docstring), or several; or instead:
+        images, masks: patterns of files, such as "training/images/*.tif"; csv: a CSV file of pairs.
 
     Raises `UserError`: no such folder, no images, a file without its partner, two files or datasets of one name.
     """
@@ -97,16 +94,18 @@ def check_apart(training: Sequence[Pair], tested: Sequence[Pair]) -> None:
     """Raises `UserError`: an image is among both, so a score on it would be worth nothing."""
     trained = {os.path.realpath(pair.image) for pair in training}
     if both := [pair.image for pair in tested if os.path.realpath(pair.image) in trained]:
-        remedy = "give other test images, or use train --validation photos, then test --part validation"
-        raise UserError(f"{both[0]}: {len(both)} of {len(tested)} test images are training images; {remedy}")
+        what = f"{len(both)} of {len(tested)} test images are training images"
+        raise UserError(f"{both[0]}: {what}; give others, or train --validation photos and test --part validation")
 
 
 def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
     """As `load_mask`, of a mask of vessels. Raises `UserError` also where most of the frame would be vessel."""
     mask, remark = load_mask(path)
     if (share := np.count_nonzero(mask > 127) / mask.size) > 0.5:
-        what = f"{100 * share:.0f} % of the frame vessel" + (f" (read as {remark})" if remark else "")
-        raise UserError(f"{path}: calls {what}; is it inverted? If so, invert it")
+        read = f" (read as {remark})" if remark else ""
+        raise UserError(
+            f"{path}: calls {100 * share:.0f} % of the frame vessel{read}; is it inverted? If so, invert it"
+        )
     return mask, remark
 
 
@@ -116,33 +115,25 @@ def load_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarr
     Raises `UserError`: a file cannot be read, the two differ in size, or the mask looks inverted.
     """
     pixels, (truth, _) = read_image(image), load_vessels(mask)
-    if why := size_differs(mask, truth, image, pixels):
-        raise UserError(why)
+    check_size(mask, truth, image, pixels)
     return pixels, truth
 
 
-def size_differs(path: str | Path, mask: np.ndarray, image_path: str | Path, image: np.ndarray) -> str:
-    """The message where a mask (H, W) has another size than its image, else ""."""
-    if mask.shape == image.shape[:2]:
-        return ""
-    own, other = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
-    return f"{path}: is {own} but its image {other} ({image_path}); a mask must have its image's size"
-
-
-def load_fov(pair: Pair, image: np.ndarray) -> np.ndarray:
-    """The field of view (H, W) bool of a pair's image (H, W, 3) uint8: the dataset's own, else found in the image."""
-    if pair.fov is None:
-        return find_fov(image)
-    fov = read_mask(pair.fov) > 127
-    if why := size_differs(pair.fov, fov, pair.image, image):
-        raise UserError(why)
-    return fov
+def check_size(path: str | Path, mask: np.ndarray, image_path: str | Path, image: np.ndarray) -> None:
+    """Raises `UserError` where a mask (H, W) has another size than its image."""
+    if mask.shape != image.shape[:2]:
+        own, other = (f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image))
+        raise UserError(f"{path}: is {own} but its image {other} ({image_path}); a mask must have its image's size")
 
 
 def load_with_fov(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (H, W, 3) uint8 RGB, mask (H, W) uint8, field of view (H, W) bool. Raises `UserError` as `load_pair`."""
+    """As `load_pair`, and the field of view (H, W) bool: the dataset's own, else found in the image."""
     image, mask = load_pair(pair.image, pair.mask)
-    return image, mask, load_fov(pair, image)
+    if pair.fov is None:
+        return image, mask, find_fov(image)
+    fov = read_mask(pair.fov) > 127
+    check_size(pair.fov, fov, pair.image, image)
+    return image, mask, fov
 
 
 def check_masks(pairs: Sequence[Pair]) -> list[str]:

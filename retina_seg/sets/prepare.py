@@ -1,17 +1,14 @@
 """Raw public sets -> the Data1 layout.
 
-`load_data` and `augment_data` are the steps of the original's `data_augmentation` notebook, for DRIVE. `prepare_set` takes
-every set in `SETS`, and writes fields of view, second observers and `photos.csv` too.
+DRIVE at 512 is augmented as in the original's `data_augmentation` notebook. Fields of view, second observers and
+`photos.csv` are written too.
 """
-
-from __future__ import annotations
 
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -21,16 +18,14 @@ from tqdm import tqdm
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.files import KINDS, folder_levels
-from retina_seg.sets.layout import size_differs
+from retina_seg.sets.files import KINDS, PARTS, folder_levels, topmost
+from retina_seg.sets.layout import check_size
 from retina_seg.utils import UserError, create_dir, natural_key, user_path, write_csv
 
 SIZE = 512  # the side the original resizes everything to
 MAX_ANGLE = 45.0  # the original's Rotate(limit=45)
-SPLITS = ("usual", "train", "test")
+SPLITS = ("usual", *PARTS)
 COLUMNS = ("part", "name", "photo", "subject", "variant", "source")
-SEARCH_DEPTH = 2  # how far below SOURCE a set is looked for: archives unpack into a folder of their name
-
 Arrays = dict[str, np.ndarray]  # kind (image, mask, fov, mask_2nd) -> (H, W, 3) or (H, W) uint8
 
 
@@ -47,68 +42,34 @@ class RawSet:
     mask_2nd: str = ""  # of the second observer's mask
     last_train: int | None = None  # the last training image's `number`; None: by `folder`, else the first half
     complete: bool = True  # whether every image has a mask
-    vessel_above: int = 127  # mask values above this are vessel
 
 
+# fmt: off
 _TABLE = (
-    RawSet(
-        "DRIVE",
-        40,
-        "{training,test}/images/21_training.tif, 1st_manual/21_manual1.gif, mask/21_training_mask.gif",
-        image=r"(?P<folder>training|test)/images/(?P<number>\d+)_(?P=folder)",
-        mask="{folder}/1st_manual/{number}_manual1",
-        fov="{folder}/mask/{number}_{folder}_mask",
-        mask_2nd="{folder}/2nd_manual/{number}_manual2",
-    ),
-    RawSet(
-        "CHASE_DB1",
-        28,
-        "Image_01L.jpg, Image_01L_1stHO.png, Image_01L_2ndHO.png",
-        image=r"(?P<name>(?P<subject>Image_(?P<number>\d+))[LR])",  # a child's two eyes
-        mask="{name}_1stHO",
-        fov="masks?/{name}",
-        mask_2nd="{name}_2ndHO",
-        last_train=10,
-    ),
-    RawSet(
-        "STARE",
-        20,
-        "im0001.ppm, im0001.ah.ppm of the archive labels-ah, im0001.vk.ppm, each perhaps .gz",
-        image=r"([^/]+/)?(?P<name>im\d{4})",  # three archives, unpacked into one folder or into three
-        mask=r"([^/]+/)?{name}\.ah",  # by A. Hoover
-        mask_2nd=r"([^/]+/)?{name}\.vk",  # by V. Kouznetsova
-        complete=False,  # the archive of all 397 images has masks for 20
-    ),
-    RawSet(
-        "HRF",
-        45,
-        "images/01_dr.JPG, manual1/01_dr.tif, mask/01_dr_mask.tif",
-        image=r"images/(?P<name>(?P<number>\d+)_(h|dr|g))",
-        mask="manual1/{name}",
-        fov="mask/{name}_mask",
-        last_train=5,
-    ),
-    RawSet(
-        "LES-AV",
-        22,
-        "images/12.png, vessel-segmentations/12.png, masks/12.gif",
-        image=r"(?P<folder>|training/|test/)images/(?P<name>\d+)",  # some copies are laid out as DRIVE is
-        mask="{folder}(vessel-segmentations|1st_manual)/{name}",
-        fov="{folder}masks?/{name}(_mask)?",
-        vessel_above=0,  # in some copies 1, 2, 3 are artery, vein, both
-    ),
-    RawSet(
-        "FIVES",
-        800,
-        "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
-        image=r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])",  # of age-related, diabetic, glaucoma, normal
-        mask="{folder}/Ground[ _]?truth/{name}",
-    ),
+    RawSet("DRIVE", 40, "{training,test}/images/21_training.tif, 1st_manual/21_manual1.gif, mask/21_training_mask.gif",
+           r"(?P<folder>training|test)/images/(?P<number>\d+)_(?P=folder)", "{folder}/1st_manual/{number}_manual1",
+           "{folder}/mask/{number}_{folder}_mask", "{folder}/2nd_manual/{number}_manual2"),
+    # the subject is a child, whose two eyes these are
+    RawSet("CHASE_DB1", 28, "Image_01L.jpg, Image_01L_1stHO.png, Image_01L_2ndHO.png",
+           r"(?P<name>(?P<subject>Image_(?P<number>\d+))[LR])", "{name}_1stHO", "masks?/{name}", "{name}_2ndHO",
+           last_train=10),
+    # three archives, unpacked into one folder or into three; that of all 397 images has masks for 20, by A. Hoover
+    RawSet("STARE", 20, "im0001.ppm, im0001.ah.ppm of the archive labels-ah, im0001.vk.ppm, each perhaps .gz",
+           r"([^/]+/)?(?P<name>im\d{4})", r"([^/]+/)?{name}\.ah", "", r"([^/]+/)?{name}\.vk", complete=False),
+    RawSet("HRF", 45, "images/01_dr.JPG, manual1/01_dr.tif, mask/01_dr_mask.tif",
+           r"images/(?P<name>(?P<number>\d+)_(h|dr|g))", "manual1/{name}", "mask/{name}_mask", last_train=5),
+    # some copies are laid out as DRIVE is
+    RawSet("LES-AV", 22, "images/12.png, vessel-segmentations/12.png, masks/12.gif",
+           r"(?P<folder>|training/|test/)images/(?P<name>\d+)", "{folder}(vessel-segmentations|1st_manual)/{name}",
+           "{folder}masks?/{name}(_mask)?"),
+    RawSet("FIVES", 800, "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
+           r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])", "{folder}/Ground[ _]?truth/{name}"),
 )
+# fmt: on
 SETS = {raw.name.lower(): raw for raw in _TABLE}
 
 
-@dataclass(frozen=True)
+@dataclass
 class RawImage:
     """An image of a raw set."""
 
@@ -119,7 +80,7 @@ class RawImage:
 
 
 def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
-    """The images of the set at `source`, or up to two folders below it, in natural order, those for training first.
+    """The images of the set at `source`, or up to three folders below it, in natural order, those for training first.
 
     Raises `UserError`: no such folder, it holds no such set, or several; an image without its mask.
     """
@@ -127,19 +88,15 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
     if not source.is_dir():
         state = "is no folder; unpack the archive first" if source.exists() else "no such folder"
         raise UserError(f"{source}: {state}; give the folder {raw.name} was unpacked to")
-    below = _files_below(source)
-    found = _search(raw, below)
+    found = topmost(source, lambda folder: _images_in(raw, folder))
     if len(found) > 1:
-        names = ", ".join(str(source / root) for root in sorted(found)[:3])
+        names = ", ".join(map(str, found[:3]))
         raise UserError(f"{source}: holds {raw.name} several times ({names}); name one of them")
     if not found:
-        other = next((key for key in SETS if _search(SETS[key], below)), None)
-        hint = f"it looks like {SETS[other].name}: retina-seg prepare {other}" if other else "check images and masks"
-        raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); {hint}")
-    (images,) = found.values()
+        raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); check images and masks")
+    images = _images_in(raw, found[0])
     labelled = [image for image in images if "mask" in image.files]
     folders = {image.groups.get("folder") for image in labelled}  # DRIVE's site gives no test masks
-    listed: dict[str, list[RawImage]] = {"train": [], "test": []}
     for image in images:
         folder = image.groups.get("folder")
         if raw.complete and "mask" not in image.files and folder in folders:
@@ -151,9 +108,8 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
             training = int(image.groups["number"]) <= raw.last_train
         else:
             training = image in labelled[: (len(labelled) + 1) // 2]
-        part = "train" if training else "test"
-        listed[part].append(replace(image, part=part))
-    return listed["train"] + listed["test"]
+        image.part = "train" if training else "test"
+    return sorted(images, key=lambda image: image.part == "test")
 
 
 def _stem(path: Path) -> str:
@@ -161,85 +117,43 @@ def _stem(path: Path) -> str:
     return path.with_suffix("").stem if path.suffix.lower() == ".gz" else path.stem
 
 
-def _files_below(source: Path) -> dict[str, Path]:
-    """The image files below `source`, by relative path without endings, in natural order: im0001.ppm before its .gz."""
-    # a set's own files are up to two folders deep
-    folders = [folder for level in folder_levels(source, SEARCH_DEPTH + 3) for folder in level]
-    paths = [path for folder in folders for path in visible(folder) if path.is_file()]
-    files: dict[str, Path] = {}
+def _images_in(raw: RawSet, folder: Path) -> list[RawImage]:
+    """The images in `folder`, if it is laid out as `raw`, in natural order; [] where it is not, or has no mask."""
+    paths = [path for level in folder_levels(folder, 3) for below in level for path in visible(below) if path.is_file()]
+    files: dict[str, Path] = {}  # by relative path without endings; im0001.ppm goes before its .gz
     for path in sorted(paths, key=lambda path: natural_key(_stem(path).lower())):
         if path.name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES):
-            files.setdefault(path.relative_to(source).with_name(_stem(path)).as_posix(), path)
-    return files
+            files.setdefault(path.relative_to(folder).with_name(_stem(path)).as_posix(), path)
+    images: dict[str, RawImage] = {}
+    for key, path in files.items():
+        if match := re.fullmatch(raw.image, key, re.IGNORECASE):
+            images.setdefault(str(match.groupdict()), RawImage(_stem(path), {"image": path}, match.groupdict()))
+    for image in images.values():
+        for kind in KINDS[1:]:
+            wanted = re.compile(getattr(raw, kind).format(**image.groups), re.IGNORECASE)
+            if own := next(filter(wanted.fullmatch, files), None):
+                image.files[kind] = files[own]
+    return list(images.values()) if any("mask" in image.files for image in images.values()) else []
 
 
-def _search(raw: RawSet, below: dict[str, Path]) -> dict[str, list[RawImage]]:
-    """The topmost folders laid out as `raw`, with one mask at least, among the files `below`: relative path -> images."""
-    pattern = re.compile(rf"(?P<root>([^/]+/){{0,{SEARCH_DEPTH}}}?){raw.image}", re.IGNORECASE)
-    found: dict[str, dict[str, RawImage]] = {}
-    for key, path in below.items():
-        if match := pattern.fullmatch(key):
-            groups = match.groupdict()
-            images = found.setdefault(groups.pop("root"), {})
-            images.setdefault(str(groups), RawImage(_stem(path), {"image": path}, groups))
-    for root, images in found.items():
-        inside = {key[len(root) :]: path for key, path in below.items() if key.startswith(root)}
-        for image in images.values():
-            for kind in KINDS[1:]:
-                wanted = re.compile(getattr(raw, kind).format(**image.groups), re.IGNORECASE)
-                if own := next(filter(wanted.fullmatch, inside), None):
-                    image.files[kind] = inside[own]
-    found = {root: images for root, images in found.items() if any("mask" in i.files for i in images.values())}
-    top = min((root.count("/") for root in found), default=0)
-    return {root: list(images.values()) for root, images in found.items() if root.count("/") == top}
-
-
-def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
-    """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
-    raw = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
-    train, test = ([image.files for image in raw if image.part == part] for part in ("train", "test"))
-    first, second = (([files["image"] for files in part], [files["mask"] for files in part]) for part in (train, test))
-    return first, second
-
-
-def augment_data(
-    images: Sequence[str | Path], masks: Sequence[str | Path], save_path: str | Path, augment: bool = True
-) -> None:
-    """Write every image and its mask, resized to 512x512, as `save_path/{image,mask}/<name>_<k>.png`.
-
-    k is 0 for the image itself; with `augment` also 1 mirrored left-right, 2 top-bottom, 3 rotated by up to 45 degrees.
-
-    Raises `UserError`: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
-    """
-    if len(images) != len(masks):
-        raise UserError(f"{len(images)} images but {len(masks)} masks: every image needs one mask")
-    for image, mask in tqdm(zip(images, masks, strict=True), total=len(images)):
-        raw = RawImage(_stem(Path(image)), {"image": Path(image), "mask": Path(mask)})
-        for k, pixels in enumerate(_variants(raw, 127, SIZE, augment)):
-            for kind, array in pixels.items():
-                write_image(create_dir(Path(save_path) / kind) / f"{raw.name}_{k}.png", array)
-
-
-def _variants(raw: RawImage, above: int, side: int | None, augment: bool, seed: int = 42) -> Iterator[Arrays]:
-    """The image with all that belongs to it, and with `augment` its three variants, resized to `side`."""
-    pixels = _load(raw, above)
-    yield _resized(pixels, side)
+def _variants(raw: RawImage, side: int | None, augment: bool, seed: int) -> list[Arrays]:
+    """The image with all that belongs to it; with `augment` also mirrored left-right, top-bottom, and rotated; at `side`."""
+    variants = [pixels := _load(raw)]
     if augment:
-        yield _resized({kind: array[:, ::-1] for kind, array in pixels.items()}, side)
-        yield _resized({kind: array[::-1] for kind, array in pixels.items()}, side)
         rng = np.random.default_rng([seed, zlib.crc32(raw.name.encode())])  # whatever other images there are
-        yield _resized(rotated(pixels, float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))), side)
+        variants.append({kind: array[:, ::-1] for kind, array in pixels.items()})
+        variants.append({kind: array[::-1] for kind, array in pixels.items()})
+        variants.append(rotated(pixels, float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))))
+    return [_resized(variant, side) for variant in variants]
 
 
-def _load(raw: RawImage, vessel_above: int) -> Arrays:
+def _load(raw: RawImage) -> Arrays:
     """The image, RGB, and the other kinds as 0 and 255. Raises `UserError`: a file cannot be read, or two differ in size."""
     pixels = {"image": read_image(raw.files["image"])}
     for kind, path in list(raw.files.items())[1:]:
         array = read_mask(path)
-        if why := size_differs(path, array, raw.files["image"], pixels["image"]):
-            raise UserError(why)
-        # DRIVE's second observer decodes to 3 and 253
-        pixels[kind] = (array > (127 if kind == "fov" else vessel_above)).astype(np.uint8) * 255
+        check_size(path, array, raw.files["image"], pixels["image"])
+        pixels[kind] = (array > 127).astype(np.uint8) * 255  # DRIVE's second observer decodes to 3 and 253
     return pixels
 
 
@@ -280,19 +194,19 @@ def prepare_set(
 ) -> Path:
     """Write a raw public set to `destination` in the Data1 layout, whole or not at all.
 
-    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k and its variants (`augment_data`), test files are
-    0 … 19. All other files keep their images' names. An incomplete set, or images without a mask, are printed.
+    DRIVE at 512 is the Kaggle set: training files 4k … 4k+3 are photo k, mirrored left-right, top-bottom, and rotated by
+    up to 45 degrees, test files are 0 … 19. All other files keep their images' names. What is incomplete is printed.
 
     Args:
         name: a key of `SETS`; case, - and _ do not matter.
-        source: the folder the set was unpacked to, or one or two above it.
+        source: the folder the set was unpacked to, or up to three above it.
         destination: a new folder, or one with nothing but a README.md; it is returned.
         size: side in pixels, resized bilinearly, aspect ratio not kept; or "native".
         split: "usual", or "train" or "test" to put every image into that part.
         seed: of the angles of the rotated variants.
 
-    Raises `UserError`: an unknown set, size or split; `source` is not that set, or incomplete; files that cannot be read
-    or differ in size; `destination` is not empty or lies inside `source`.
+    Raises `UserError` as `list_raw` and `atomic_folder`; an unknown set, size or split; files that cannot be read or differ
+    in size; `destination` lies inside `source`.
     """
     raw = {key.replace("_", "-"): raw for key, raw in SETS.items()}.get(name.lower().replace("_", "-"))
     if raw is None:
@@ -314,22 +228,21 @@ def prepare_set(
             print(f"no {left[0].part} part: its images have no masks; to score, train with --validation photos")
     if len(labelled) < raw.total:
         print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
-    if split != "usual":
-        labelled = [replace(image, part=split) for image in labelled]
     augment = raw.name == "DRIVE" and side == SIZE
     rows: list[dict[str, object]] = []
     counts: Counter[str] = Counter()  # images by part
     with atomic_folder(destination) as folder:
         for image in tqdm(labelled, desc=raw.name, unit="image", disable=not progress):
-            many = augment and image.part == "train"
+            part = image.part if split == "usual" else split
+            many = augment and part == "train"
             subject, source_name = image.groups.get("subject", image.name), image.files["image"].name
-            for k, pixels in enumerate(_variants(image, raw.vessel_above, side, many, seed)):
+            for k, pixels in enumerate(_variants(image, side, many, seed)):
                 file = f"{image.name}_{k}" if many else image.name
                 if augment and split == "usual":
-                    file = str(4 * counts[image.part] + k if many else counts[image.part])
+                    file = str(4 * counts[part] + k if many else counts[part])
                 for kind, array in pixels.items():
-                    write_image(create_dir(folder / image.part / kind) / f"{file}.png", array)
-                rows.append(dict(zip(COLUMNS, (image.part, file, image.name, subject, k, source_name), strict=True)))
-            counts[image.part] += 1
+                    write_image(create_dir(folder / part / kind) / f"{file}.png", array)
+                rows.append(dict(zip(COLUMNS, (part, file, image.name, subject, k, source_name), strict=True)))
+            counts[part] += 1
         write_csv(folder / "photos.csv", COLUMNS, rows)
     return destination

@@ -1,16 +1,15 @@
 """Synthetic fundus images with the exact vessel mask, where no real dataset is at hand. Not medical data.
 
 `_Eye` lays out the anatomy. `_grow_vessels` lets arteries and veins grow from the optic disc as trees by Murray's law.
-Then retina, vessels, lesions and camera are rendered. Geometry is in units of the field's radius, origin at its centre,
+Then retina, vessels and camera are rendered. Geometry is in units of the field's radius, origin at its centre,
 x right, y down; so a seed is the same eye at every size of one shape.
 """
 
-from __future__ import annotations
-
+import cmath
 import math
-from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from retina_seg.images import list_images, write_image
+from retina_seg.images import jpeg, list_images, write_image
 from retina_seg.sets import atomic_folder
 from retina_seg.sets.files import Data, find_set
 from retina_seg.utils import UserError, create_dir, user_path, write_csv
@@ -31,12 +30,12 @@ TEST_SEEDS = 500_000  # each set has a million seeds; those of its test images s
 STEP = 0.012  # length of one step of a growing vessel
 THINNEST = 0.0026  # radius at which a vessel ends: 1.3 px wide in a 512 px image
 THINNEST_LINE = 1.25  # px; a thinner line falls to pieces
-CELL, MAP_HALF = 0.02, 1.12  # the density map: side of a cell; it covers [-MAP_HALF, MAP_HALF] both ways
+CELL, MAP_HALF, MAP_SIDE = 0.02, 1.12, 113  # map of vessels: side of a cell, half of the map's, cells on a side
 
 # What blood absorbs of red, green and blue where a vessel is opaque; haemoglobin absorbs green most.
 ARTERY_ABSORBS = np.array([0.3, 1.0, 0.85], np.float32)
 VEIN_ABSORBS = np.array([0.48, 1.0, 0.75], np.float32)
-Tree = list[tuple[bool, float, np.ndarray]]  # vessels: is it an artery, contrast, (n, 3) points x, y, radius
+Tree = list[tuple[bool, float, np.ndarray, np.ndarray]]  # vessels: is it an artery, contrast, points (n,), radii (n,)
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,11 @@ def synthetic_image(seed: int, height: int = 512, width: int = 512) -> Synthetic
     x = ((np.arange(shape[1], dtype=np.float32) - eye.centre[0]) / eye.radius)[None, :]
     y = ((np.arange(shape[0], dtype=np.float32) - eye.centre[1]) / eye.radius)[:, None]
     fov = (x**2 + y**2 <= 1) & (np.abs(y) <= eye.cut)
-    if eye.notch and abs(eye.notch[1]) < eye.cut - eye.notch[2]:
-        fov |= (x - eye.notch[0]) ** 2 + (y - eye.notch[1]) ** 2 <= eye.notch[2] ** 2
-    coverage, arteries, veins, reflex = _render_vessels(_grow_vessels(growth, eye), eye, shape)
+    if eye.notch and abs(eye.notch.imag) < eye.cut - 0.05:
+        fov |= np.hypot(x - eye.notch.real, y - eye.notch.imag) <= 0.045
+    coverage, arteries, veins = _render_vessels(_grow_vessels(growth, eye), eye, shape)
     colour = _paint_retina(paint, eye, x, y)
     colour *= (1 - arteries[..., None] * ARTERY_ABSORBS) * (1 - veins[..., None] * VEIN_ABSORBS)
-    colour *= 1 + reflex[..., None]
-    _paint_lesions(paint, eye, colour)
     mask = (coverage >= 0.5) & fov
     return SyntheticImage(_expose(camera, eye, colour, fov), mask.astype(np.uint8) * 255, fov.astype(np.uint8) * 255)
 
@@ -122,162 +119,130 @@ def data_or_synthetic(
 
 
 class _Eye:
-    """Where things lie. Points are (x, y) in field radii; `radius` and `centre` are in pixels."""
+    """Where things lie. Points are x + iy in field radii; `radius` and `centre` are in pixels."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int]) -> None:
         self.cut = rng.uniform(0.78, 0.92) if rng.random() < 0.3 else 1.0  # the field is flat at this |y|; 1: round
-        angle = math.radians(rng.uniform(-50, -25))
-        # x, y, radius of the camera's index mark
-        self.notch = (math.cos(angle), math.sin(angle), rng.uniform(0.035, 0.05)) if rng.random() < 0.5 else None
+        self.notch = cmath.rect(1, math.radians(rng.uniform(-50, -25))) if rng.random() < 0.5 else None  # of the camera
         self.temporal = int(rng.choice([-1, 1]))  # 1: the macula lies right of the disc
         self.disc_radius = rng.uniform(0.135, 0.165)
-        self.disc = (-self.temporal * rng.uniform(0.42, 0.78), rng.uniform(-0.1, 0.06))
+        self.disc = complex(-self.temporal * rng.uniform(0.42, 0.78), rng.uniform(-0.1, 0.06))
         distance = 5 * self.disc_radius * rng.uniform(0.95, 1.1)  # 2.5 disc diameters
-        self.fovea = (self.disc[0] + self.temporal * distance, self.disc[1] + rng.uniform(0.03, 0.12))
+        self.fovea = self.disc + complex(self.temporal * distance, rng.uniform(0.03, 0.12))
         self.tilt = rng.uniform(-0.12, 0.12)  # radians
         self.radius = min(0.48 * shape[1], 0.48 * shape[0] / self.cut)
         self.centre = ((shape[1] - 1) / 2, (shape[0] - 1) / 2)
 
-    def place(self, outward: float, up: float) -> tuple[float, float]:
+    def place(self, outward: float, up: float) -> complex:
         """The point `outward` (temporal) and `up` of the disc, both in disc-fovea distances."""
-        unit = math.dist(self.disc, self.fovea)
-        cos, sin = math.cos(self.tilt), math.sin(self.tilt)
-        dx, dy = self.temporal * outward * unit, -up * unit
-        return self.disc[0] + cos * dx - sin * dy, self.disc[1] + sin * dx + cos * dy
+        return self.disc + cmath.rect(abs(self.fovea - self.disc), self.tilt) * complex(self.temporal * outward, -up)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tip:
-    """The growing end of a vessel at (x, y), towards `heading` (radians); `course` lists the points it is to pass."""
+    """The growing end of a vessel, towards `heading` (radians); `course` lists the points it is to pass."""
 
     artery: bool
-    x: float
-    y: float
+    at: complex
     heading: float
     radius: float
-    course: list[tuple[float, float]] = field(default_factory=list)
-
-
-class _DensityMap:
-    """Where vessels of each kind already run, 0 (free) to 1; what grows bends away from its own kind."""
-
-    def __init__(self, eye: _Eye) -> None:
-        axis = np.arange(int(2 * MAP_HALF / CELL) + 1) * CELL - MAP_HALF
-        from_fovea = (axis[None, :] - eye.fovea[0]) ** 2 + (axis[:, None] - eye.fovea[1]) ** 2
-        self.maps = [0.9 * np.exp(-from_fovea / (2 * 0.09**2)) for _ in range(2)]  # no vessels grow in the fovea
-        offset = np.arange(-4, 5)
-        self.stamp = np.exp(-(offset[None, :] ** 2 + offset[:, None] ** 2) / (2 * 1.6**2))
-
-    def mark(self, artery: bool, x: float, y: float) -> None:
-        i, j = round((y + MAP_HALF) / CELL), round((x + MAP_HALF) / CELL)
-        around = self.maps[artery][i - 4 : i + 5, j - 4 : j + 5]
-        np.maximum(around, self.stamp, out=around)
-
-    def ahead(self, tip: _Tip, turn: float, far: float) -> float:
-        """The density for the vessel of `tip` at `far` ahead of it, `turn` radians aside."""
-        x, y = tip.x + far * math.cos(tip.heading + turn), tip.y + far * math.sin(tip.heading + turn)
-        last = len(self.maps[0]) - 1
-        i, j = (min(max(round((v + MAP_HALF) / CELL), 0), last) for v in (y, x))
-        # Arteries and veins do cross, so the other kind counts less.
-        return float(self.maps[tip.artery][i, j] + 0.4 * self.maps[not tip.artery][i, j])
+    course: list[complex] = field(default_factory=list)
 
 
 def _trunks(rng: np.random.Generator, eye: _Eye) -> Iterator[_Tip]:
     """What leaves the disc: an artery and a vein for each of the four arcades, and small vessels in between."""
-    temporal = np.array([(0.06, 0.28), (0.34, 0.6), (0.8, 0.76), (1.3, 0.68), (1.75, 0.5)])
-    nasal = np.array([(-0.16, 0.3), (-0.42, 0.65), (-0.65, 1.05), (-0.8, 1.5)])
-    x0, y0 = eye.place(-0.03, 0)
-    for up in (1, -1):
+    temporal = [(0.06, 0.28), (0.34, 0.6), (0.8, 0.76), (1.3, 0.68), (1.75, 0.5)]
+    nasal = [(-0.16, 0.3), (-0.42, 0.65), (-0.65, 1.05), (-0.8, 1.5)]
+    start = eye.place(-0.03, 0)
+    for up, artery in product((1, -1), (True, False)):
         for arcade, thick, outward in ((temporal, 0.0145, 1), (nasal, 0.0095, -1)):
-            for artery in (True, False):
-                course = arcade * [1, up * rng.uniform(0.82, 1.18)]
-                course += rng.normal([0, 0.05 * up if artery else -0.03 * up], 0.05, arcade.shape)
-                radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
-                x, y = rng.normal([x0, y0], 0.022).tolist()
-                heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
-                yield _Tip(artery, x, y, heading, radius, [eye.place(*point) for point in course.tolist()])
+            stretch, apart = rng.uniform(0.82, 1.18), 0.05 if artery else -0.03
+            shifts = rng.normal([0, apart], 0.05, (len(arcade), 2)) + [[x, 0] for x, _ in arcade]
+            course = [eye.place(x, up * (stretch * y + dy)) for (x, dy), (_, y) in zip(shifts, arcade, strict=True)]
+            radius = thick * rng.uniform(0.88, 1.12) * (0.8 if artery else 1.0)
+            heading = math.atan2(-up, 0.3 * eye.temporal * outward) + rng.normal(0, 0.15)
+            yield _Tip(artery, start + complex(*rng.normal(0, 0.022, 2)), heading, radius, course)
     for outward in (1, 1, 1, -1, -1):
         heading = (0 if outward == eye.temporal else math.pi) + rng.uniform(-1, 1)
-        yield _Tip(bool(rng.random() < 0.5), x0, y0, heading, rng.uniform(0.0045, 0.007))
+        yield _Tip(bool(rng.random() < 0.5), start, heading, rng.uniform(0.0045, 0.007))
+
+
+def _cells(points: np.ndarray | complex) -> np.ndarray:
+    """The x, y of the cells in the map of vessels that points x + iy, (...) complex, lie in: (..., 2) int."""
+    xy = np.stack([np.real(points), np.imag(points)], axis=-1)
+    return np.clip(np.rint((xy + MAP_HALF) / CELL), 0, MAP_SIDE - 1).astype(int)
 
 
 def _grow_vessels(rng: np.random.Generator, eye: _Eye) -> Tree:
     """Grow both trees, thick vessels first, until they cover this eye's share of the field."""
-    thickness = attrgetter("radius")
-    density, tips, tree = _DensityMap(eye), sorted(_trunks(rng, eye), key=thickness), []
+    tips, tree = list(_trunks(rng, eye)), []
+    taken = np.zeros((2, MAP_SIDE, MAP_SIDE), np.float32)  # where veins and arteries run, 0 (free) to 1
+    for layer in taken:
+        cv2.circle(layer, _cells(eye.fovea).tolist(), round(0.12 / CELL), 1.0, -1)  # none grow there
     uncovered = 2 * (math.asin(eye.cut) + eye.cut * math.sqrt(1 - eye.cut**2)) * rng.uniform(0.098, 0.124)
     while tips and uncovered > 0:
-        tip = tips.pop()
-        points, twigs = _grow_one(rng, eye, density, tip)
-        for twig in twigs:
-            insort(tips, twig, key=thickness)
-        tree.append((tip.artery, rng.uniform(0.75, 1.15), points))
-        uncovered -= 2 * STEP * float(points[np.abs(points[:, 1]) < eye.cut, 2].sum())
+        tips.remove(tip := max(tips, key=attrgetter("radius")))
+        course, radii = _grow_one(rng, eye, taken, tip, tips)
+        line = cv2.polylines(np.zeros_like(taken[0]), [_cells(course)], False, 1.0, 3)
+        np.maximum(taken[int(tip.artery)], cv2.GaussianBlur(line, (0, 0), 1.0), out=taken[int(tip.artery)])
+        tree.append((tip.artery, rng.uniform(0.75, 1.15), course, radii))
+        uncovered -= 2 * STEP * float(radii[np.abs(course.imag) < eye.cut].sum())
     return tree
 
 
-def _grow_one(rng: np.random.Generator, eye: _Eye, density: _DensityMap, tip: _Tip) -> tuple[np.ndarray, list[_Tip]]:
-    """Grow one vessel to its end; returns its points, (n, 3) x, y, radius, and the tips of its side branches."""
-    points, twigs = [(tip.x, tip.y, tip.radius)], []
-    first_heading, bend, next_twig = tip.heading, 0.0, rng.uniform(0.06, 0.16)
-    wander = rng.uniform(9.0, 20.0)
-    for step in range(1, 400):
-        # Curvature is a mean-reverting walk: the vessel winds, and smoothly.
-        bend += -bend * 14 * STEP + wander * math.sqrt(STEP) * rng.standard_normal()
+def _grow_one(
+    rng: np.random.Generator, eye: _Eye, taken: np.ndarray, tip: _Tip, tips: list[_Tip]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Grow one vessel to its end, adding its branches to `tips`; returns its points (n,) complex and radii (n,)."""
+    first_heading, bend, next_twig, points = tip.heading, 0.0, rng.uniform(0.06, 0.16), [(tip.at, tip.radius)]
+
+    def ahead(turn: float, far: float) -> float:
+        x, y = _cells(tip.at + cmath.rect(far, tip.heading + turn))
+        # arteries and veins do cross, so the other kind counts less
+        return float(taken[int(tip.artery), y, x] + 0.4 * taken[int(not tip.artery), y, x])
+
+    while tip.radius > THINNEST and abs(tip.at) < 1.03 and len(points) < 400:
+        # curvature is a mean-reverting walk: the vessel winds, and smoothly
+        bend += -bend * 14 * STEP + 14 * math.sqrt(STEP) * rng.standard_normal()
         if tip.course:
-            x, y = tip.course[0]
-            steer = 7 * math.remainder(math.atan2(y - tip.y, x - tip.x) - tip.heading, 2 * math.pi)
-            if math.dist((tip.x, tip.y), (x, y)) < 0.13:
+            steer = 7 * math.remainder(cmath.phase(tip.course[0] - tip.at) - tip.heading, 2 * math.pi)
+            if abs(tip.course[0] - tip.at) < 0.13:
                 del tip.course[0]
-        else:
-            left, right = (density.ahead(tip, turn, 0.08) for turn in (-0.6, 0.6))
-            steer = 13 * (left - right) + 3 * math.sin(first_heading - tip.heading)  # so that none runs in circles
+        else:  # away from others, and not in circles
+            steer = 13 * (ahead(-0.6, 0.08) - ahead(0.6, 0.08)) + 3 * math.sin(first_heading - tip.heading)
         tip.heading += (bend + steer) * STEP
-        tip.x, tip.y = tip.x + STEP * math.cos(tip.heading), tip.y + STEP * math.sin(tip.heading)
+        tip.at += cmath.rect(STEP, tip.heading)
         tip.radius -= (0.0015 if tip.course else 0.0035) * STEP
-        points.append((tip.x, tip.y, tip.radius))
-        from_disc = math.dist((tip.x, tip.y), eye.disc) / eye.disc_radius
-        blocked = step > 8 and not tip.course and from_disc > 1.6 and density.ahead(tip, 0, 0.05) > 0.75
-        if blocked or tip.radius < THINNEST or math.hypot(tip.x, tip.y) > 1.03:
-            break
+        points.append((tip.at, tip.radius))
         next_twig -= STEP
-        if next_twig < 0 and from_disc > 1.7:
-            next_twig = rng.exponential(0.07 if tip.course else 0.055) + (0.05 if tip.course else 0.035)
-            # An arcade keeps its calibre: twigs, and now and then a large branch. Thinner vessels divide more evenly.
-            shares = ((0.2, 0.4) if rng.random() < 0.5 else (0.45, 0.7)) if tip.course else (0.4, 0.8)
-            thin = tip.radius * rng.uniform(*shares)
-            if thin > THINNEST:
-                twigs.append(_branch(rng, density, tip, thin))
-    for x, y, _ in points:
-        density.mark(tip.artery, x, y)
-    return np.array(points), twigs
-
-
-def _branch(rng: np.random.Generator, density: _DensityMap, tip: _Tip, r2: float) -> _Tip:
-    """Split a twig of radius `r2` off `tip`, to the freer side; `tip` goes on thinner and turned the other way.
-
-    By Murray's law r0^3 = r1^3 + r2^3, at his angles of least work.
-    """
-    r0 = tip.radius
-    r1 = (r0**3 - r2**3) ** (1 / 3)
-    away = math.acos(min(1, (r0**4 + r2**4 - r1**4) / (2 * r0**2 * r2**2)))
-    aside = math.acos(min(1, (r0**4 + r1**4 - r2**4) / (2 * r0**2 * r1**2)))
-    left, right = (density.ahead(tip, turn, 0.12) for turn in (-away, away))
-    side = -1 if left + rng.normal(0, 0.3) < right else 1
-    twig = _Tip(tip.artery, tip.x, tip.y, tip.heading + side * (0.85 * away + rng.normal(0, 0.12)), r2)
-    tip.heading, tip.radius = tip.heading - side * 0.8 * aside, r1
-    return twig
+        if abs(tip.at - eye.disc) < 1.7 * eye.disc_radius:
+            continue
+        if len(points) > 8 and not tip.course and ahead(0, 0.05) > 0.75:
+            break
+        thin = tip.radius * rng.uniform(*((0.2, 0.7) if tip.course else (0.4, 0.8)))
+        if next_twig < 0 and thin > THINNEST:
+            next_twig = rng.exponential(0.06) + 0.04
+            # Murray's law and angles of least work, to the freer side; the vessel goes on thinner and turned the other way
+            thick, rest = tip.radius, (tip.radius**3 - thin**3) ** (1 / 3)
+            away = math.acos(min(1, (thick**4 + thin**4 - rest**4) / (2 * thick**2 * thin**2)))
+            aside = math.acos(min(1, (thick**4 + rest**4 - thin**4) / (2 * thick**2 * rest**2)))
+            side = -1 if ahead(-away, 0.12) + rng.normal(0, 0.3) < ahead(away, 0.12) else 1
+            tips.append(_Tip(tip.artery, tip.at, tip.heading + side * (0.85 * away + rng.normal(0, 0.12)), thin))
+            tip.heading, tip.radius = tip.heading - side * 0.8 * aside, rest
+    course, radii = zip(*points, strict=True)
+    return np.array(course), np.array(radii)
 
 
 def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Four layers (H, W) float32 in [0, 1]: coverage by vessels, opacity of arteries and of veins, arteries' reflex."""
+    """Three layers (H, W) float32 in [0, 1]: coverage by vessels, opacity of arteries and of veins."""
     fine = 4 if max(shape) <= 1024 else 2
-    covered, arteries, veins, reflex = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(4))
+    covered, arteries, veins = (np.zeros((shape[0] * fine, shape[1] * fine), np.uint8) for _ in range(3))
     segments = []
-    for artery, contrast, points in tree:
+    for artery, contrast, course, radii in tree:
+        points = np.stack([course.real, course.imag], axis=1) * eye.radius + eye.centre
         # The pixel's centre is at (fine - 1) / 2 of its fine pixels; OpenCV takes 4 bits of fraction.
-        ends = np.rint(((points[:, :2] * eye.radius + eye.centre) * fine + (fine - 1) / 2) * 16).astype(int).tolist()
-        calibres = (2 * eye.radius * points[1:, 2]).tolist()
+        ends = np.rint((points * fine + (fine - 1) / 2) * 16).astype(int).tolist()
+        calibres = (2 * eye.radius * radii[1:]).tolist()
         segments += [(c, artery, contrast, *line) for c, *line in zip(calibres, ends, ends[1:], strict=False)]
     segments.sort(key=lambda s: s[0])  # thick ones last, on top
     # In a small image the lines are wider than the vessels; the thinnest are left out until the covered share is right.
@@ -288,9 +253,7 @@ def _render_vessels(tree: Tree, eye: _Eye, shape: tuple[int, int]) -> tuple[np.n
         strength = contrast * (0.085 + 0.27 * min(1.0, calibre / (0.026 * eye.radius)) ** 0.8)
         cv2.line(covered, start, end, 255, thickness, cv2.LINE_8, 4)
         cv2.line(arteries if artery else veins, start, end, round(255 * strength), thickness, cv2.LINE_8, 4)
-        if artery and calibre > 3:
-            cv2.line(reflex, start, end, 45, max(1, round(0.3 * calibre * fine)), cv2.LINE_8, 4)
-    layers = (cv2.resize(c, shape[::-1], interpolation=cv2.INTER_AREA) for c in (covered, arteries, veins, reflex))
+    layers = (cv2.resize(c, shape[::-1], interpolation=cv2.INTER_AREA) for c in (covered, arteries, veins))
     return tuple(layer.astype(np.float32) / 255 for layer in layers)
 
 
@@ -304,72 +267,37 @@ def _paint_retina(rng: np.random.Generator, eye: _Eye, x: np.ndarray, y: np.ndar
         lattice = cv2.GaussianBlur(rng.standard_normal(size, dtype=np.float32), (0, 0), 1.25)
         return cv2.resize((lattice - lattice.mean()) / lattice.std(), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
-    def around_fovea(sigma: float) -> np.ndarray:
-        return np.exp(-((x - eye.fovea[0]) ** 2 + (y - eye.fovea[1]) ** 2) / (2 * sigma**2))
+    def from_point(point: complex) -> np.ndarray:
+        return np.hypot(x - point.real, y - point.imag)
 
-    # Large: the lamp's uneven light.  Middle and small: pigment.  Stripes: the choroid's vessels.
-    lamp_x, lamp_y = rng.uniform(-0.35, 0.35, 2).tolist()
-    light = 1.08 - rng.uniform(0.15, 0.4) * ((x - lamp_x) ** 2 + (y - lamp_y) ** 2) + 0.07 * noise(0.9)
+    def step(distance: np.ndarray, width: float) -> np.ndarray:
+        """From 1 inside of distance 1 to 0 outside."""
+        return 0.5 * (1 - np.tanh((distance - 1) / width))
+
+    light = 1.08 - rng.uniform(0.15, 0.4) * from_point(complex(*rng.uniform(-0.35, 0.35, 2))) ** 2 + 0.07 * noise(0.9)
     pigment = 0.03 * noise(0.3) + 0.024 * noise(0.1) + 0.024 * noise(0.035)
-    stripes = (np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4) * np.clip(0.5 + 0.6 * noise(0.25), 0, 2)
-    stripes *= (1 - around_fovea(0.35)) * (rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.06, 0.12))
-    macula = rng.uniform(0.12, 0.24) * around_fovea(0.2) + rng.uniform(0.08, 0.2) * around_fovea(0.06)
-    # The nerve fibres' silvery sheen: fine rays from the disc, strongest above and below it.
-    dx, dy = x - eye.disc[0], y - eye.disc[1]
-    angle, far = np.arctan2(dy, dx), np.hypot(dx, dy)
-    waves = np.convolve(rng.standard_normal(720), np.hanning(7) / 2, "same")
-    rays = 1 + 0.25 * np.interp(angle, np.linspace(-np.pi, np.pi, 720), waves).astype(np.float32)
-    sheen = rng.uniform(0.0, 0.5) * rays * np.sin(angle) ** 2 * far * np.exp(-((far / 0.42) ** 2))
-    red, green, blue = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66])).tolist()
-    red = red * (1 + 0.6 * pigment + 0.7 * stripes - 0.5 * macula + 0.5 * sheen)
-    green = green * (1 + pigment + stripes - macula + sheen) * (1 + 0.05 * noise(0.7))
-    blue = blue * (1 + pigment + 0.5 * stripes - 0.9 * macula + 1.2 * sheen) * (1 + 0.08 * noise(0.7))
-    colour = np.stack([light * red, light * green, light * blue], axis=-1).astype(np.float32)
-    # The disc: a pale oval with a soft edge; a crescent of thin pigment often lies on its temporal side.
-    far = far * (1 + rng.uniform(-0.06, 0.06) * np.cos(2 * angle) + 0.02 * np.cos(3 * angle)) / eye.disc_radius
-    temporal = np.cos(angle) * eye.temporal
-    colour *= (1 + np.exp(-(((far - 1.12) / 0.1) ** 2)) * (rng.uniform(0.0, 0.25) * temporal - 0.05))[..., None]
-    inside = rng.uniform(0.43, 0.48) * (1 - np.tanh((far - 1) / rng.uniform(0.06, 0.12)))[..., None]
-    # Its cup is paler still; its rim is thicker, so redder, on the nasal side.
-    from_cup = np.hypot(dx - rng.uniform(0.0, 0.25) * eye.temporal * eye.disc_radius, dy) / eye.disc_radius
-    cup = 0.5 * (1 - np.tanh((from_cup / rng.uniform(0.35, 0.6) - 1) / 0.16))
-    pale = rng.uniform([0.88, 0.54, 0.26], [1.0, 0.66, 0.36]).astype(np.float32)
-    disc = pale * (light * (1 - 0.1 * (1 - cup) * (1 - 0.6 * temporal)))[..., None]
-    disc += cup[..., None] * np.array([0.05, 0.2, 0.17], np.float32)
-    return (colour + inside * (disc - colour)).astype(np.float32)
-
-
-def _paint_lesions(rng: np.random.Generator, eye: _Eye, colour: np.ndarray) -> None:
-    """What a network must not take for a vessel, or for its absence: exudates and drusen, and small haemorrhages."""
-    bright, dark = (0.35, 45, 0.009, (0.25, 0.55, 0.35)), (0.4, 14, 0.012, (-0.2, -0.45, -0.35))
-    for chance, many, size, tint in (bright, dark):
-        count = int(rng.integers(4, many)) if rng.random() < chance else 0
-        spots, middle = np.zeros(colour.shape[:2], np.float32), rng.normal(eye.fovea, 0.25)
-        for strength in np.sort(rng.uniform(0.3, 1, count)).tolist():
-            at = np.rint((rng.normal(middle, 0.28) * eye.radius + eye.centre) * 16).astype(int).tolist()
-            axes = np.rint(np.maximum(rng.gamma(3, size / 3, 2) * eye.radius * 16, 8)).astype(int).tolist()
-            cv2.ellipse(spots, at, axes, rng.uniform(0, 180), 0, 360, strength, -1, cv2.LINE_8, 4)
-        if count:
-            soft = cv2.GaussianBlur(spots, (0, 0), max(0.6, 0.003 * eye.radius))
-            colour *= 1 + soft[..., None] * np.array(tint, np.float32)
+    stripes = np.exp(-((noise(0.16) / 0.4) ** 2)) - 0.4  # vessels of the choroid
+    fovea = from_point(eye.fovea)
+    macula = rng.uniform(0.12, 0.24) * np.exp(-((fovea / 0.28) ** 2))
+    macula += rng.uniform(0.08, 0.2) * np.exp(-((fovea / 0.085) ** 2))
+    shade = pigment + rng.uniform(0.03, 0.12) * stripes - macula
+    tint = np.cumprod(rng.uniform([0.56, 0.46, 0.42], [0.8, 0.58, 0.66]))
+    colour = tint * (1 + shade[..., None] * (0.6, 1.0, 0.9))
+    pale = rng.uniform([0.88, 0.54, 0.26], [1.0, 0.66, 0.36])
+    # the optic disc, a pale oval with a soft edge, and its cup, which is paler still
+    from_disc = from_point(eye.disc) / eye.disc_radius
+    cup = step(from_disc / rng.uniform(0.35, 0.6), 0.16)[..., None] * (0.05, 0.2, 0.17)
+    colour += step(from_disc, rng.uniform(0.06, 0.12))[..., None] * (0.95 * pale + cup - colour)
+    return (colour * light[..., None]).astype(np.float32)
 
 
 def _expose(rng: np.random.Generator, eye: _Eye, colour: np.ndarray, fov: np.ndarray) -> np.ndarray:
-    """What the camera makes of the fundus: cast, blur, black surround, noise, JPEG; returns (H, W, 3) uint8 RGB."""
+    """What the camera makes of the fundus: cast, black surround, blur, noise, JPEG; returns (H, W, 3) uint8 RGB."""
     cast = rng.uniform(0.86, 1.14) * rng.uniform([0.96, 0.95, 0.9], [1.04, 1.04, 1.1])
-    dark = rng.uniform(0.008, 0.03, 3).astype(np.float32)
-    seen = np.where(fov[..., None], colour * cast.astype(np.float32), dark)
+    seen: Any = np.where(fov[..., None], colour * cast, rng.uniform(0.008, 0.03, 3)).astype(np.float32)
     blur = rng.uniform(0.5, 0.9) * eye.radius / 245  # 245 px is the field's radius in a 512 px image
     seen = cv2.GaussianBlur(seen, (0, 0), max(0.35, blur))
-    # Shot noise grows with the light; half of it is smeared over neighbours, as demosaicing does.
-    noise = rng.standard_normal(seen.shape, dtype=np.float32)
-    noise = 0.6 * noise + 1.2 * cv2.GaussianBlur(noise, (0, 0), 0.8)
-    seen += noise * rng.uniform(0.016, 0.03) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
+    # Shot noise grows with the light; it is smeared over neighbours, as demosaicing does.
+    noise = cv2.GaussianBlur(rng.standard_normal(seen.shape, dtype=np.float32), (0, 0), 0.5)
+    seen += noise * rng.uniform(0.025, 0.045) * np.sqrt(np.clip(seen, 0, 1) + 0.01)
     return jpeg(np.rint(np.clip(seen, 0, 1) * 255).astype(np.uint8), int(rng.integers(82, 97)))
-
-
-def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """`image` (H, W, 3) uint8 RGB after JPEG compression of `quality`, 1 to 100."""
-    code = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded: Any = cv2.imdecode(code, cv2.IMREAD_COLOR)
-    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
