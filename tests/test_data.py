@@ -309,7 +309,7 @@ def test_the_datasets_own_field_of_view_goes_before_a_found_one(tmp_path):
     own[10:60, 20:50] = True
     loaded = load_with_fov(pair_on_disk(tmp_path, "a", image, mask, own))
     assert all(np.array_equal(a, b) for a, b in zip(loaded, (image, mask, own), strict=True))
-    assert np.array_equal(load_fov(pair_on_disk(tmp_path, "b", image, mask), image), find_fov(image))
+    assert np.array_equal(load_with_fov(pair_on_disk(tmp_path, "b", image, mask))[2], find_fov(image))
 
 
 def test_odd_masks_are_remarked_on_once_a_kind(tmp_path):

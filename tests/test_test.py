@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from unittest.mock import Mock
 
 import cv2

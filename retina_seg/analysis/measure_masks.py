@@ -13,7 +13,7 @@ from retina_seg.analysis.agreement import AGREEMENT, agreement_table
 from retina_seg.analysis.measure import measure
 from retina_seg.images import IMAGE_SUFFIXES, load_mask, read_mask
 from retina_seg.inference.batch import DONE, check_pixel_size, find_images
-from retina_seg.sets.names import match_names
+from retina_seg.sets.files import match_names
 from retina_seg.utils import UserError, create_dir, read_csv, user_path, write_csv
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,6 +135,32 @@ def _images_in(raw: RawSet, folder: Path) -> list[RawImage]:
             if own := next(filter(wanted.fullmatch, files), None):
                 image.files[kind] = files[own]
     return list(images.values()) if any("mask" in image.files for image in images.values()) else []
+
+
+def load_data(path: str | Path) -> tuple[tuple[list[Path], list[Path]], tuple[list[Path], list[Path]]]:
+    """The files of raw DRIVE: `(train_images, train_masks), (test_images, test_masks)`. Raises `UserError` as `list_raw`."""
+    raw = [image for image in list_raw(SETS["drive"], path) if "mask" in image.files]
+    parts = [[image.files for image in raw if image.part == part] for part in PARTS]
+    train, test = (([files["image"] for files in part], [files["mask"] for files in part]) for part in parts)
+    return train, test
+
+
+def augment_data(
+    images: Sequence[str | Path], masks: Sequence[str | Path], save_path: str | Path, augment: bool = True
+) -> None:
+    """Write every image and its mask, resized to 512x512, as `save_path/{image,mask}/<name>_<k>.png`.
+
+    k is 0 for the image itself; with `augment` also 1 mirrored left-right, 2 top-bottom, 3 rotated by up to 45 degrees.
+
+    Raises `UserError`: the lists differ in length, a file cannot be read or written, a mask has not its image's size.
+    """
+    if len(images) != len(masks):
+        raise UserError(f"{len(images)} images but {len(masks)} masks: every image needs one mask")
+    for image, mask in tqdm(zip(images, masks, strict=True), total=len(images)):
+        raw = RawImage(_stem(Path(image)), {"image": Path(image), "mask": Path(mask)})
+        for k, pixels in enumerate(_variants(raw, SIZE, augment, seed=42)):
+            for kind, array in pixels.items():
+                write_image(create_dir(Path(save_path) / kind) / f"{raw.name}_{k}.png", array)
 
 
 def _variants(raw: RawImage, side: int | None, augment: bool, seed: int) -> list[Arrays]:
