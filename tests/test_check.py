@@ -134,7 +134,7 @@ PHOTO = np.where(np.arange(WIDTH) < 2, 255, np.maximum(image(40)[..., 0], FIELD 
 ODD = [
     ("problems", "mask fov mask_2nd", mask(3)[:70], "p1.png: is 90x70 but its image 90x96"),
     ("problems", "mask fov mask_2nd", mask(3) * 0, "black"),
-    ("problems", "mask mask_2nd", image(40)[..., 0] // 3, "p1.png: has no value above 59, but vessel is above 127"),
+    ("problems", "mask mask_2nd", image(40)[..., 0] // 3, "p1.png: its brightest value is 59, vessel is above 127"),
     ("problems", "mask fov", PHOTO, "is no mask"),
     ("problems", "mask mask_2nd", 255 - mask(3), "p1.png: calls 96 % of the frame vessel; is it inverted?"),
     ("problems", "image", np.zeros((HEIGHT, WIDTH, 3), np.uint8), "shows nothing, all its pixels are 0"),
