@@ -379,7 +379,9 @@ def _synth(options: argparse.Namespace) -> None:
     WEIGHTS,
     argument("--output", "the ONNX file; its name ends in .onnx"),
     STYLE,
-    argument("--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")),
+    argument(
+        "--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")
+    ),
     argument("--precision", "of --engine openvino", choices=("int8",)),
     argument("--data", "whose training images are measured for int8; several folders may be given", nargs="+"),
 )
