@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnxscript import FLOAT, UINT8, script
-from onnxscript import opset18 as op
+from onnxscript import FLOAT, UINT8, opset18, script
 from onnxscript.values import Opset
 
 from retina_seg.inference.segmenter import MAX_LOGIT
 from retina_seg.styles import FINE_BELOW
 from retina_seg.transforms import LOWEST_SPREAD, NORMAL_MEAN, NORMAL_SPREAD, SAME_SCALE, FovFrame, Frame
 
+op: Any = opset18  # what its functions take is wider than their types say
 LIT = 0.12  # share of the brightest grey level
-IMAGE, MAPS = UINT8["H", "W", 3], [UINT8["H", "W"], FLOAT["H", "W"], UINT8["H", "W"]]
-NETWORK = Opset("network", 1)  # of the operation that the network replaces
+IMAGE, MAPS = UINT8["H", "W", 3], [UINT8["H", "W"], FLOAT["H", "W"], UINT8["H", "W"]]  # type: ignore[misc]
+NETWORK: Any = Opset("network", 1)  # of the operation that the network replaces
 FLOAT32, UINT, INT, BOOL, DOUBLE = 1, 2, 7, 9, 11  # types, as ONNX numbers them
 
 
@@ -40,7 +40,7 @@ def graph_around(frame: Frame, stride: int, threshold: float) -> Any:
     corner, before = [border, border], [0, 0, border, border, 0, 0]
 
     @script(default_opset=op)
-    def around(image: IMAGE):  # type: ignore[no-untyped-def, valid-type]
+    def around(image: IMAGE):  # type: ignore
         shape = op.Shape(image, end=2)
         pixels = op.Cast(image, to=FLOAT32)
         sharp = op.ReduceMax(pixels, [2], keepdims=0)
