@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from retina_seg.arguments import argument, build_parser, command, given_options
-from retina_seg.config import ENGINE_PRECISIONS, ENGINES, PRECISIONS, PRESETS, TrainConfig
+from retina_seg.config import ENGINE_PRECISIONS, ENGINES, PRESETS, TrainConfig
 from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
 from retina_seg.utils import UserError, user_path
@@ -448,18 +448,15 @@ def _export(options: argparse.Namespace) -> None:
     "measure the speed of the original and of this package, here and now",
     "bench --rounds 5",
     argument("--output", "folder for bench.json", "results/run-bench"),
-    argument("--rounds", "how often each is measured", 7),
-    argument("--images", "of the whole test", 20),
+    argument("--rounds", "how often each is measured", 5),
+    argument("--images", "of the whole test and the folder", 20),
     argument("--size", "side of an image, pixels", 512),
     argument("--original", "a checkpoint of the original's network (default: random weights)"),
-    argument("--fast", "weights of the fast network", "drive"),
     argument("--data", "a dataset whose test images to use (default: synthetic images)"),
     argument("--device", "cpu, cuda, …; auto: the processor, and a GPU if there", "auto"),
-    argument("--precision", "of the optimised networks", "auto", choices=PRECISIONS),
 )
 def _bench(options: argparse.Namespace) -> None:
     from retina_seg.analysis.bench import bench, table
 
-    how = ("output", "rounds", "images", "size", "original", "fast", "data", "device", "precision")
-    value = bench(**given_options(options, *how))
+    value = bench(**given_options(options, "output", "rounds", "images", "size", "original", "data", "device"))
     _say(*table(value), f"written to {options.output}: bench.json")

@@ -1,16 +1,20 @@
 """The ONNX file: torch's probabilities at any size, all that must be known in it, and no file where it cannot be made."""
 
+import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import shaken
 
-from retina_seg.checkpoint import load_model, save_model
-from retina_seg.images import read_mask, write_image
-from retina_seg.inference import export
+from retina_seg.checkpoint import save_model
+from retina_seg.fov import find_fov
+from retina_seg.images import read_image, read_mask, write_image
+from retina_seg.inference import engine, export
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import build_model
 from retina_seg.sets.synthetic import synthetic_image
@@ -19,74 +23,106 @@ from retina_seg.utils import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
-RESIZE = {"frame": "resize", "height": "512", "width": "480"}
-FOV = {"frame": "fov", "fov_diameter": "720.0", "largest_diameter": "900.0", "margin": "16"}
+
+
+def segmented(path, image):
+    """What the ONNX file at `path` gives for an RGB image: vessels and field of view as bool, the probability between."""
+    session = onnxruntime.InferenceSession(path)
+    vessels, probability, fov = session.run(None, {"image": np.ascontiguousarray(image[:, :, ::-1])})
+    assert {*np.unique(vessels), *np.unique(fov)} <= {0, 255} and vessels.dtype == fov.dtype == np.uint8
+    return vessels > 0, probability, fov > 0
+
+
+def save(path, name, frame):
+    """A checkpoint with random weights whose probabilities differ from pixel to pixel."""
+    torch.manual_seed(1)
+    model = shaken(build_model(name))
+    last = model.finaloutput if name == "attention_unet" else model.fine[-1]
+    with torch.no_grad():
+        logits = model(engine.image_batch(synthetic_image(9, 96, 96).image, torch.device("cpu")))
+        last.bias.sub_(logits.mean()).mul_(2 / logits.std())
+        last.weight.mul_(2 / logits.std())
+    save_model(path, model, name, {}, threshold=0.3, frame=frame.to_dict())
 
 
 @pytest.mark.parametrize(
-    ("name", "frame", "expected"),
-    [("attention_unet", ResizeFrame(512, 480), RESIZE), ("fast_attention_unet", FovFrame(720.0, 900.0), FOV)],
+    ("name", "frame", "shapes"),
+    [
+        ("attention_unet", ResizeFrame(64, 72), [(64, 72), (130, 97)]),
+        ("fast_attention_unet", FovFrame(90.0), [(93, 94), (93, 200), (64, 64), (260, 180)]),
+        ("fast_attention_unet", FovFrame(84.0, 168.0, normalise=True), [(88, 90), (136, 150), (64, 64), (400, 380)]),
+    ],
 )
-def test_onnxruntime_predicts_what_torch_predicts_at_any_size(name, frame, expected, tmp_path):
-    torch.manual_seed(1)
-    model = shaken(build_model(name))
-    save_model(tmp_path / "weights.pth", model, name, {}, threshold=0.3, frame=frame.to_dict())
+def test_onnxruntime_predicts_what_the_segmenter_predicts_at_any_size(name, frame, shapes, tmp_path):
+    save(tmp_path / "weights.pth", name, frame)
     target = tmp_path / "new/vessels.onnx"
     assert export.export(tmp_path / "weights.pth", target) < 1e-4
     assert list(target.parent.iterdir()) == [target]
-    session = onnxruntime.InferenceSession(target)
-    for count, height, width in ((1, 64, 64), (3, 72, 200), (1, 344, 96)):
-        images = torch.rand(count, 3, height, width)
-        probability = torch.sigmoid(model(images)).detach().numpy()
-        (result,) = session.run(["probability"], {"image": images.numpy()})
-        np.testing.assert_allclose(result, probability, atol=1e-4)
-        assert np.ptp(probability) > 0.01  # a constant would agree with itself
-    values = session.get_modelmeta().custom_metadata_map
-    expected = {**expected, "threshold": "0.3", "stride": str(model.stride), "channel_order": "BGR"}
-    assert values.items() >= expected.items() and "not a medical device" in values["notice"]
+    segmenter = Segmenter.load(tmp_path / "weights.pth", device="cpu", precision="float32")
+    same_scale = 0
+    for number, shape in enumerate(shapes):
+        image = synthetic_image(number, *shape).image
+        vessels, probability, fov = segmented(target, image)
+        expected, (top, left, bottom, right) = segmenter(image, fov), frame.place(fov).box
+        same = frame.place(fov).size == (bottom - top, right - left)
+        same_scale += same
+        # interpolation differs by some grey levels
+        np.testing.assert_allclose(probability, expected, atol=1e-4 if same else 0.3)
+        assert np.abs(probability - expected).mean() < 0.02 and np.ptp(expected[fov]) > 0.2
+        np.testing.assert_array_equal(vessels, probability > np.float32(0.3))
+        found = find_fov(image)
+        assert (found & fov).sum() > 0.95 * (found | fov).sum()
+    assert 0 < same_scale < len(shapes)
+    black = segmented(target, np.zeros((70, 50, 3), np.uint8))
+    assert black[1].shape == (70, 50) and np.isfinite(black[1]).all()
 
 
 @pytest.mark.parametrize("style", [None, "b"])
 def test_the_file_predicts_in_the_style_asked_for_and_names_all(style, styled, tmp_path):
     assert export.export(styled, tmp_path / "vessels.onnx", style) < 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "vessels.onnx")
-    values = session.get_modelmeta().custom_metadata_map
+    values = onnxruntime.InferenceSession(tmp_path / "vessels.onnx").get_modelmeta().custom_metadata_map
     assert (values["style"], values["styles"]) == (style or "balanced", "a, b, balanced")
-    assert "mean 128 and standard deviation 32" in values["normalise"]
-    x = torch.rand(1, 3, 64, 64)
-    with torch.inference_mode():
-        results = {name: torch.sigmoid(load_model(styled, name)[0](x)).numpy() for name in ("a", "b", "balanced")}
-    (result,) = session.run(None, {"image": x.numpy()})
-    near = [name for name, expected in results.items() if np.abs(result - expected).max() < 1e-4]
+    assert "not a medical device" in values["notice"] and "normalise=True" in values["frame"]
+    image = synthetic_image(2, 66, 67).image
+    _, probability, fov = segmented(tmp_path / "vessels.onnx", image)
+    results = {
+        name: Segmenter.load(styled, style=name, precision="float32")(image, fov) for name in ("a", "b", "balanced")
+    }
+    near = [name for name, expected in results.items() if np.abs(probability - expected).max() < 1e-4]
     assert near == [style or "balanced"]
 
 
-WITHOUT_TORCH = """
-import cv2, numpy, onnxruntime
-network = onnxruntime.InferenceSession("vessels.onnx")
-about = network.get_modelmeta().custom_metadata_map
-image, stride = cv2.imread("eye.png"), int(about["stride"])  # BGR
-lit = cv2.medianBlur(image, 5).max(axis=2) > 40  # the field of view
-diameter = numpy.ptp(numpy.flatnonzero(lit.any(axis=0))) + 1
-if "normalise" in about:
-    image = 128 + (image - image[lit].mean(axis=0)) * 32 / image[lit].std(axis=0)
-    image = image.round().clip(0, 255).astype("uint8") * lit[..., None]
-least, largest = (float(about[name]) / diameter for name in ("fov_diameter", "largest_diameter"))
-size = [stride * round(side * numpy.clip(least**0.5, least, largest) / stride) for side in image.shape[1::-1]]
-scaled = cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_CUBIC)
-probability = network.run(None, {"image": scaled.transpose(2, 0, 1)[None] / numpy.float32(255)})[0][0, 0]
-probability = cv2.resize(probability, image.shape[1::-1])
-cv2.imwrite("vessels.png", 255 * (probability > float(about["threshold"])).astype("uint8"))
-"""
-
-
-def test_the_metadata_suffice_to_do_without_torch_what_the_segmenter_does(tmp_path):
+def test_the_readmes_lines_segment_without_torch_as_the_segmenter_does(tmp_path):
     export.export("general", tmp_path / "vessels.onnx")
-    write_image(tmp_path / "eye.png", image := synthetic_image(77, 584, 565).image)
-    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, check=True, timeout=300)
+    image = synthetic_image(77, 584, 565).image
+    write_image(tmp_path / "eye.jpg", image)
+    listings = re.findall("```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (listing,) = [listing for listing in listings if "onnxruntime" in listing]
+    without_torch = 'import sys\nsys.modules["torch"] = None\n'
+    subprocess.run([sys.executable, "-c", without_torch + listing], cwd=tmp_path, check=True, timeout=300)
     result = read_mask(tmp_path / "vessels.png") > 127
-    expected = Segmenter.load("general", style="balanced", device="cpu", precision="float32").vessels(image)
-    assert expected.mean() > 0.02 and 2 * (result & expected).sum() / (result.sum() + expected.sum()) > 0.95  # F1
+    expected = Segmenter.load("general", device="cpu", precision="float32").vessels(tmp_path / "eye.jpg")
+    assert expected.mean() > 0.02 and 2 * (result & expected).sum() / (result.sum() + expected.sum()) > 0.97  # F1
+
+
+def test_ranges_are_those_of_the_training_images_and_count_for_their_weights_only(tiny_set, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    monkeypatch.setattr(engine, "has_flag", lambda *_: True)
+    save(tmp_path / "weights.pth", "fast_attention_unet", FovFrame(90.0))
+    load = partial(Segmenter.load, tmp_path / "weights.pth", device="cpu")
+    assert load().precision is not torch.int8
+    path, count = export.calibrate(tmp_path / "weights.pth", tiny_set)
+    assert (path, count) == (tmp_path / "weights.int8.json", 4)
+    ranges = engine.load_ranges(tmp_path / "weights.pth")
+    layers = [name for name, layer in load().model.named_modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert {*ranges} == {*layers[1:-3]}
+    assert all(low <= 0 < high for low, high in ranges.values())
+    segmenter, image = load(), read_image(next(tiny_set.glob("test/image/*")))
+    assert segmenter.precision is torch.int8
+    difference = np.abs(segmenter(image) - load(engine="torch", precision="float32")(image))
+    assert 0 < difference.mean() < 0.02
+    save(tmp_path / "weights.pth", "fast_attention_unet", FovFrame(91.0))
+    assert engine.load_ranges(tmp_path / "weights.pth") is None and load().precision is not torch.int8
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])

@@ -1,7 +1,7 @@
-"""A network as one ONNX file for programs without torch, written only where onnxruntime predicts what torch predicts.
+"""A network for other programs as one ONNX file, and its preparation for 8 bits.
 
-Input "image": (N, 3, H, W) float32 BGR in [0, 1]; output "probability": (N, 1, H, W) float32 in [0, 1]. N is free, H and
-W are multiples of the network's stride. The file's metadata says how an image enters the network's frame.
+The file takes an image and gives its vessels: the image's way into the network's frame and back is in it (`onnx_graph`).
+It is written only where onnxruntime predicts with it what torch predicts.
 """
 
 from __future__ import annotations
@@ -21,45 +21,42 @@ from retina_seg import __version__
 from retina_seg.checkpoint import find_weights, load_checkpoint, weights_id
 from retina_seg.data import list_pairs
 from retina_seg.images import read_image
-from retina_seg.inference.engine import Ranges, image_batch, ranges_file
+from retina_seg.inference.engine import Ranges, ranges_file
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import DEFAULT_STRIDE
 from retina_seg.sets.files import Data
 from retina_seg.sets.synthetic import synthetic_image
-from retina_seg.styles import AUTO
-from retina_seg.transforms import NORMAL_MEAN, NORMAL_SPREAD, ResizeFrame
+from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError, atomic_write, output_folder, user_path, write_json
 
 LARGEST_DIFFERENCE = 1e-4  # in probability; rounding makes a few millionths
 MEASURED = 32  # images, for 8 bits
 INSTALL = 'pip install --upgrade "retina_seg[onnx]"'
-CHECKED_SIZES = ((1, 16, 24), (2, 31, 17), (1, 50, 62))  # images, their height and width in strides
 
 
 def export(weights: str | Path, output: str | Path, style: str | None = None) -> float:
     """Write a network to the ONNX file `output`, whole or not at all; a file of that name is replaced.
 
-    `weights` are a pretrained name, a checkpoint file or a run's folder; `style` is as in `Segmenter.load`, "balanced" in
-    place of "auto". Returns the largest difference in probability between onnxruntime and torch, on synthetic images of
-    `CHECKED_SIZES`. Raises `UserError`: weights that do not load, no such style, NaN, a file that is unwritable or not
-    .onnx, missing packages, a difference that is too large.
+    `weights` are a pretrained name, a checkpoint file or a run's folder; `style` is as in `Segmenter.load`. Returns the
+    largest difference in probability between onnxruntime and torch on a synthetic image.
+
+    Raises `UserError`: weights that do not load, no such style, NaN, a file that is unwritable or not .onnx, missing
+    packages, a difference that is too large.
     """
     checkpoint, output = find_weights(weights), user_path(output)
     notes = load_checkpoint(checkpoint)
-    style = style or notes.get("style")
-    style = "balanced" if style == AUTO else style  # a file has one style
-    segmenter = Segmenter.load(checkpoint, style=style, device="cpu", precision="float32")
+    segmenter = Segmenter.load(checkpoint, style=style, device="cpu", engine="torch", precision="float32")
     values = metadata(segmenter, weights_id(checkpoint))
     if styles := notes.get("styles"):
-        values |= {"style": str(style), "styles": ", ".join(styles)}
+        values |= {"style": str(segmenter.style), "styles": ", ".join(styles)}
     if output.suffix.lower() != ".onnx":  # so that no image or checkpoint is replaced by mistake
         raise UserError(f"--output {output}: must end in .onnx")
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; choose another name")
     with output_folder(output.parent), atomic_write(output) as temporary:
         temporary.touch()  # a folder that may not be written to is found before the work
-        content = _onnx_file(segmenter.model, values)
-        difference = _difference(content, segmenter.model)
+        content = _onnx_file(segmenter, values)
+        difference = _difference(content, segmenter)
         if not difference < LARGEST_DIFFERENCE:
             raise UserError(f"{output}: not written, as onnxruntime differs from torch by {difference:.2g}; {INSTALL}")
         temporary.write_bytes(content)
@@ -105,76 +102,71 @@ def activation_ranges(segmenter: Segmenter, images: Iterable[np.ndarray]) -> Ran
 
 
 def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
-    """What a program needs to use the network, text by name; sizes in pixels. `weights` is its `checkpoint.weights_id`."""
-    frame = segmenter.frame
-    stride: Any = getattr(segmenter.model, "stride", DEFAULT_STRIDE)
-    if isinstance(frame, ResizeFrame):
-        sizes: dict[str, object] = {"height": frame.height, "width": frame.width}
-    else:  # "margin" is of black around the box of the field of view
-        largest = frame.largest_diameter or frame.fov_diameter
-        sizes = {"fov_diameter": frame.fov_diameter, "largest_diameter": largest, "margin": frame.margin * stride}
-        if frame.normalise:
-            to = f"mean {NORMAL_MEAN} and standard deviation {NORMAL_SPREAD} of 0 to 255"
-            sizes["normalise"] = f"each channel to {to} over the field of view; 0 outside it"
+    """What the ONNX file says of itself, text by name. `weights` is its `checkpoint.weights_id`."""
     values = {
         "notice": "For learning and research; not a medical device.",
         "retina_seg_version": __version__,
         "network": type(segmenter.model).__name__,
         "weights_id": weights,
-        "input": "image: (N, 3, H, W) float32 in [0, 1], H and W multiples of the stride",
-        "channel_order": "BGR",
-        "output": "probability of vessel: (N, 1, H, W) float32 in [0, 1]",
-        "stride": stride,
-        "frame": frame.to_dict()["kind"],
-        **sizes,
+        "input": "image: (H, W, 3) uint8 BGR, of any size",
+        "output": "vessels, field of view: (H, W) uint8, 0 or 255; probability between: (H, W) float32 in [0, 1]",
+        "frame": segmenter.frame,
         "threshold": segmenter.threshold,
     }
     return {name: str(value) for name, value in values.items()}
 
 
-def _onnx_file(network: Any, values: dict[str, str]) -> bytes:
-    """The content of the ONNX file of `network` and a sigmoid, with `values` as its metadata."""
+def _onnx_file(segmenter: Segmenter, values: dict[str, str]) -> bytes:
+    """The content of the ONNX file, with `values` as its metadata."""
     try:
         import onnx
         import onnxruntime  # noqa: F401  (for the check)
-        import onnxscript  # noqa: F401  (for torch's exporter)
+        import onnxscript  # noqa: F401  (for the exporter of torch)
+
+        from retina_seg.inference.onnx_graph import NETWORK, graph_around
     except ImportError as error:
         raise UserError(f"export needs more packages ({error}); {INSTALL}") from None
-    dim, stride = torch.export.Dim, getattr(network, "stride", DEFAULT_STRIDE)
-    free = {0: dim("images"), 2: stride * dim("rows"), 3: stride * dim("columns")}
+    dim, stride = torch.export.Dim, getattr(segmenter.model, "stride", DEFAULT_STRIDE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one package on another's version
         program: Any = torch.onnx.export(
-            nn.Sequential(network.to(memory_format=torch.contiguous_format), nn.Sigmoid()).eval(),
-            (torch.zeros(2, 3, 8 * stride, 6 * stride),),
+            segmenter.model.to(memory_format=torch.contiguous_format),
+            (torch.zeros(1, 3, 8 * stride, 6 * stride),),
             dynamo=True,  # the exporter by tracing is to be removed from torch
             verbose=False,
             opset_version=18,  # the exporter's own: every later runtime reads it
-            input_names=["image"],
-            output_names=["probability"],
-            dynamic_shapes=(free,),
+            dynamic_shapes=({2: stride * dim("rows"), 3: stride * dim("columns")},),
         )
-    model, graph = program.model_proto, program.model_proto.graph
-    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        around = graph_around(segmenter.frame, stride, segmenter.threshold)
+    network = onnx.compose.add_prefix(program.model_proto, "network/").graph
+    nodes = list(around.graph.node)
+    place = next(i for i, node in enumerate(nodes) if node.domain == NETWORK.domain)
+    renamed = {network.input[0].name: nodes[place].input[0], network.output[0].name: nodes[place].output[0]}
+    for node in network.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    del around.graph.node[:], around.opset_import[1:]
+    around.graph.node.extend([*nodes[:place], *network.node, *nodes[place + 1 :]])
+    around.graph.initializer.extend(network.initializer)
+    for part in (*around.graph.node, *around.graph.initializer):
         part.ClearField("metadata_props")  # paths of source files on this machine
         part.ClearField("doc_string")
-    onnx.helper.set_model_props(model, values)
-    return model.SerializeToString()
+    onnx.helper.set_model_props(around, values)
+    onnx.checker.check_model(around)
+    return around.SerializeToString()
 
 
-def _difference(content: bytes, network: Any) -> float:
-    """The largest difference between onnxruntime's and torch's probabilities; NaN where onnxruntime's are."""
+def _difference(content: bytes, segmenter: Segmenter) -> float:
+    """The largest difference between onnxruntime's and torch's probabilities; NaN where onnxruntime's are.
+
+    On the middle of a synthetic image, at the frame's own scale: elsewhere interpolation differs by some grey levels.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    differences = []
-    for count, rows, columns in CHECKED_SIZES:
-        stride = getattr(network, "stride", DEFAULT_STRIDE)
-        images = [synthetic_image(i, rows * stride, columns * stride).image for i in range(count)]
-        batch = torch.cat([image_batch(image, torch.device("cpu")) for image in images])
-        with torch.inference_mode():
-            expected = torch.sigmoid(network(batch)).numpy()
-        if not np.isfinite(expected).all():
-            raise UserError("the network's output is NaN; choose other weights")
-        differences.append(np.abs(session.run(None, {"image": batch.numpy()})[0] - expected).max())
-    return float(np.max(differences))
+    session, frame = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]), segmenter.frame
+    sides = (frame.height, frame.width) if isinstance(frame, ResizeFrame) else [round(frame.fov_diameter)] * 2
+    side = max(64, 2 * max(sides))  # so that the middle is lit, and thus the field of view
+    top, left = ((side - length) // 2 for length in sides)
+    image = synthetic_image(0, side, side).image[top : top + sides[0], left : left + sides[1]]
+    _, probability, fov = session.run(None, {"image": image[:, :, ::-1].copy()})
+    return float(np.abs(probability - segmenter(image, fov > 0)).max())
