@@ -1,6 +1,8 @@
 """The engines against the network itself, in every precision, from several threads, and where they cannot be used."""
 
+import ctypes
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -153,3 +155,16 @@ def test_folded_batch_norm_computes_the_same_and_leaves_the_model_alone(name):
     expected, result = logits_of(model), logits_of(engine.fold_batch_norm(model))
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals differ elsewhere")
+def test_openvino_leaves_the_main_threads_stack_for_signals_alone():
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+
+    def stack() -> bytes:
+        ctypes.CDLL(None).sigaltstack(None, found := ctypes.create_string_buffer(64))
+        return found.raw
+
+    before = stack()  # where OpenVINO changes and frees it, Ctrl-C ends in a segmentation fault
+    Segmenter(build_model("fast_attention_unet", width=8), engine="openvino")(np.zeros((32, 32, 3), np.uint8))
+    assert stack() == before

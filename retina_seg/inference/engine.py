@@ -11,6 +11,7 @@ import importlib.util
 import operator
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class OpenvinoNetwork:
         folded = fold_batch_norm(copy.deepcopy(model).eval())
         self.graph = openvino_graph(folded, (ranges or {}) if precision is torch.int8 else {})
         self.compiled, self.idle = dict[int, Any](), dict[int, list[Any]]()  # by the threads of a call
-        self.lock = threading.Lock()
+        self.lock, self.helper = threading.Lock(), ThreadPoolExecutor(1)
         side = 4 * model.stride  # type: ignore[operator]
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
         expected = TorchNetwork(model, CPU, torch.float32)(noise)
@@ -143,6 +144,12 @@ class OpenvinoNetwork:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         threads = torch.get_num_threads()
+        if threading.current_thread() is threading.main_thread():
+            # OpenVINO gives its caller a stack for signals and may free it: in the main thread Ctrl-C would crash
+            return self.helper.submit(self._infer, image, threads).result()
+        return self._infer(image, threads)
+
+    def _infer(self, image: np.ndarray, threads: int) -> np.ndarray:
         idle = self.idle.setdefault(threads, [])
         request = idle.pop() if idle else self._new_request(threads)
         logits = request.infer([cv2.cvtColor(image, cv2.COLOR_RGB2BGR)[None]])[0].copy()
