@@ -409,7 +409,7 @@ def _export(options: argparse.Namespace) -> None:
     argument("--rounds", "how often each is measured", 5),
     argument("--images", "of the whole test and the folder", 20),
     argument("--size", "side of an image, pixels", 512),
-    argument("--device", "cpu, cuda, …; auto: the processor, and a GPU if there", "auto"),
+    argument("--device", "cpu, cuda, …", "cpu"),
 )
 def _bench(options: argparse.Namespace) -> None:
     from retina_seg.analysis.bench import bench, table

@@ -49,7 +49,7 @@ def bench(
     rounds: int = 5,
     images: int = 20,
     size: int = 512,
-    device: str = "auto",
+    device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure a forward pass, a call, a whole test and a folder of images; write `output`/bench.json.
@@ -57,21 +57,18 @@ def bench(
     Args:
         rounds: how often each is measured.
         images, size: the number of synthetic images, and their side in pixels.
-        device: "auto" measures the processor, and the first GPU too where there is one.
+        device: as `device.choose_device` takes it.
 
     Returns what the file holds, "rows" as `measure` gives them. Raises `UserError`: a number that cannot be, no such device.
     """
     if min(rounds, images) < 1 or size < 64 or size % 8:
         raise UserError(f"--rounds {rounds}, --images {images}: from 1 on; --size {size}: a multiple of 8 from 64 on")
-    names = ["cpu"] + ["cuda"] * torch.cuda.is_available() if device == "auto" else [device]
-    devices = [choose_device(name) for name in names]
-    rows: list[dict[str, Any]] = []
+    where, rows = choose_device(device), list[dict[str, Any]]()
     with output_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         pairs = list_pairs(write_set(Path(scratch, "set"), 1, images, (size, size), progress=False), "test")
-        for where in devices:
-            for task in tasks(size, pairs, Path(scratch), where):
-                rows += measure(task, where, rounds, progress)
-    value = {"rows": rows, "size": size, "environment": environment(devices[0], torch.float32)}
+        for task in tasks(size, pairs, Path(scratch), where):
+            rows += measure(task, where, rounds, progress)
+    value = {"rows": rows, "size": size, "environment": environment(where, torch.float32)}
     write_json(folder / "bench.json", value)
     return value
 
@@ -96,10 +93,8 @@ def tasks(size: int, pairs: list[Pair], scratch: Path, device: torch.device) -> 
     pass, that of a folder its test.
     """
     network, image = build_model("attention_unet"), synthetic_image(0, size, size).image
-    forward, test = (
-        partial(baseline_forward, network, size, device),
-        partial(baseline_test, network, pairs, scratch, device),
-    )
+    forward = partial(baseline_forward, network, size, device)
+    test = partial(baseline_test, network, pairs, scratch, device)
     forwards, calls, tests, folders = {KEPT: forward()}, dict[str, Call](), dict[str, Call](), dict[str, Call]()
     for name, segmenter in variants(network, device).items():
         forwards[name], calls[name] = partial(segmenter.network, image), partial(segmenter, image)
