@@ -40,8 +40,9 @@ from retina_seg.visualize import strip
 BASELINE, KEPT, SAME = "baseline", "baseline, memory kept", "same weights"
 WEIGHTS = ("drive", "tiny", "general")
 Call = Callable[[], Any]
-# its name, the images of a call, the calls by the names in the rows, and what makes the baseline's
-Task = tuple[str, int, dict[str, Call], Callable[[], Call]]
+Task = tuple[
+    str, int, dict[str, Call], Callable[[], Call]
+]  # name, images of a call, calls by name, what makes the baseline's
 
 
 def bench(
@@ -86,11 +87,9 @@ def variants(network: nn.Module, device: torch.device) -> dict[str, Segmenter]:
 
 
 def tasks(size: int, pairs: list[Pair], scratch: Path, device: torch.device) -> list[Task]:
-    """What is measured on `device`.
+    """A forward pass on an image (size, size), a call of the segmenter, a whole test, and what `predict` does with a folder.
 
-    A forward pass on an image (size, size), and a call of the segmenter on it. A whole test, files to scores and images
-    (more of both than the baseline's), and what `predict` does with a folder. The baseline of a call is its forward
-    pass, that of a folder its test.
+    The test gives more scores and images than the baseline's. Call and folder have the baselines of forward pass and test.
     """
     network, image = build_model("attention_unet"), synthetic_image(0, size, size).image
     forward = partial(baseline_forward, network, size, device)
@@ -115,19 +114,18 @@ def measure(task: Task, device: torch.device, rounds: int, progress: bool) -> li
     "ratio" is the baseline's median by the row's own; the baseline runs in a process of its own.
     """
     title, images, calls, baseline = task
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process, memory_kept():
         timers: dict[str, Callable[[], float]] = {BASELINE: lambda: process.submit(timed, baseline).result()}
         timers |= {name: partial(timed, partial(calls.__getitem__, name)) for name in calls}
         seconds: dict[str, list[float]] = {name: [] for name in timers}
-        with memory_kept():
-            for name in tqdm(list(timers) * (rounds + 1), f"{title}, {device}", disable=not progress):
-                seconds[name].append(timers[name]() / images)
+        for name in tqdm(list(timers) * (rounds + 1), f"{title}, {device}", disable=not progress):
+            seconds[name].append(timers[name]() / images)
     rows = []
     for name, values in seconds.items():
         low, median, high = np.quantile(values[1:], (0.25, 0.5, 0.75)).tolist()
         ratio = float(np.median(seconds[BASELINE][1:])) / median
-        times = {"median": median, "quartiles": [low, high], "ratio": ratio, "rounds": rounds}
-        rows.append({"task": title, "name": name, **times, "device": str(device)})
+        row = {"task": title, "name": name, "median": median, "quartiles": [low, high], "ratio": ratio}
+        rows.append(row | {"rounds": rounds, "device": str(device)})
     return rows
 
 
