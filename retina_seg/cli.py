@@ -451,12 +451,10 @@ def _export(options: argparse.Namespace) -> None:
     argument("--rounds", "how often each is measured", 5),
     argument("--images", "of the whole test and the folder", 20),
     argument("--size", "side of an image, pixels", 512),
-    argument("--original", "a checkpoint of the original's network (default: random weights)"),
-    argument("--data", "a dataset whose test images to use (default: synthetic images)"),
-    argument("--device", "cpu, cuda, …; auto: the processor, and a GPU if there", "auto"),
+    argument("--device", "cpu, cuda, …", "cpu"),
 )
 def _bench(options: argparse.Namespace) -> None:
     from retina_seg.analysis.bench import bench, table
 
-    value = bench(**given_options(options, "output", "rounds", "images", "size", "original", "data", "device"))
+    value = bench(**given_options(options, "output", "rounds", "images", "size", "device"))
     _say(*table(value), f"written to {options.output}: bench.json")

@@ -45,11 +45,18 @@ def has_bfloat16_units(device: torch.device) -> bool:
     return has_flag("amx_bf16", "avx512_bf16")
 
 
+def processor_info() -> dict[str, str]:
+    """What Linux says of the processor, text by name: "model name", "flags", …; nothing on other systems."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def has_flag(*names: str) -> bool:
     """Whether the processor has one of these extensions, as Linux names them; False on other systems."""
     # torch has no public question for this before 2.11; the kernel's own list is the same on every version
-    info = Path("/proc/cpuinfo")
-    return not {*names}.isdisjoint(info.read_text(errors="replace").split()) if info.exists() else False
+    return not {*names}.isdisjoint(processor_info().get("flags", "").split())
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -161,6 +168,7 @@ def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": f"{processor_info().get('model name')}, {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -44,7 +44,10 @@ def test_both_engines_give_the_networks_logits(name, arguments, precision):
     pytest.importorskip("openvino", reason="needs the extra openvino")
     model = network_of(name, **arguments)
     limit = (1e-4 if precision == torch.float32 else 0.1) * np.abs(logits_of(model)).max()
-    networks = engine.TorchNetwork(model, CPU, precision), engine.OpenvinoNetwork(model, precision, 1)
+    networks = (
+        engine.TorchNetwork(model, CPU, precision),
+        engine.OpenvinoNetwork(model, precision, 1, usual=IMAGE.shape[:2]),
+    )
     assert not [layer for layer in networks[0].module.modules() if isinstance(layer, nn.BatchNorm2d)]
     for image in (IMAGE, noise(48, 104, 3), IMAGE):
         for network in networks:
@@ -60,7 +63,7 @@ def test_openvino_computes_in_several_threads_at_once_and_gives_each_its_own_log
         for result, logits in zip(pool.map(network, images), expected, strict=True):
             np.testing.assert_array_equal(result, logits)
     (compiled,) = network.compiled.values()
-    assert compiled.get_property("NUM_STREAMS") == min(3, os.cpu_count()) and 1 <= len(network.idle[1]) <= 3
+    assert compiled.get_property("NUM_STREAMS") == min(3, os.cpu_count()) and 1 <= len(network.idle[1, False]) <= 3
 
 
 def ranges_of(model) -> engine.Ranges:

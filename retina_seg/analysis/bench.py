@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import multiprocessing
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,14 +25,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from retina_seg.checkpoint import load_model
 from retina_seg.config import ENGINE_PRECISIONS, ENGINES
 from retina_seg.data import Pair, list_pairs
 from retina_seg.device import choose_device, environment, has_bfloat16_units, memory_kept
 from retina_seg.inference.batch import predict_images
 from retina_seg.inference.engine import image_batch
 from retina_seg.inference.segmenter import Segmenter
-from retina_seg.model import AttentionUNet, build_model
+from retina_seg.model import build_model
 from retina_seg.sets.synthetic import synthetic_image, write_set
 from retina_seg.test import score_pairs
 from retina_seg.utils import UserError, output_folder, write_json
@@ -42,9 +40,9 @@ from retina_seg.visualize import strip
 BASELINE, KEPT, SAME = "baseline", "baseline, memory kept", "same weights"
 WEIGHTS = ("drive", "tiny", "general")
 Call = Callable[[], Any]
-Segmenters = dict[str, Segmenter]  # on one device, by the names in the rows
-# its name, the images of a call, the calls by the names in the rows, and what makes the baseline's
-Task = tuple[str, int, dict[str, Call], Callable[[], Call]]
+Task = tuple[
+    str, int, dict[str, Call], Callable[[], Call]
+]  # name, images of a call, calls by name, what makes the baseline's
 
 
 def bench(
@@ -52,62 +50,32 @@ def bench(
     rounds: int = 5,
     images: int = 20,
     size: int = 512,
-    original: str | Path | None = None,
-    data: str | Path | None = None,
-    device: str = "auto",
+    device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure a forward pass, a call, a whole test and a folder of images; write `output`/bench.json.
 
     Args:
-        rounds: how often each is measured; test and folder three times at most.
-        images, size: of the test and the folder, and the side of synthetic ones, pixels.
-        original, data: weights as `load_model` takes them, a dataset; None: random weights, synthetic images.
-        device: "auto" measures the processor, and the first GPU too where there is one.
+        rounds: how often each is measured.
+        images, size: the number of synthetic images, and their side in pixels.
+        device: as `device.choose_device` takes it.
 
-    Returns what the file holds, "rows" as `measure` gives them.
-    Raises `UserError`: a number that cannot be, no such checkpoint, dataset or device.
+    Returns what the file holds, "rows" as `measure` gives them. Raises `UserError`: a number that cannot be, no such device.
     """
     if min(rounds, images) < 1 or size < 64 or size % 8:
         raise UserError(f"--rounds {rounds}, --images {images}: from 1 on; --size {size}: a multiple of 8 from 64 on")
-    network = build_model("attention_unet") if original is None else load_model(original)[0]
-    if not isinstance(network, AttentionUNet):
-        raise UserError(f"--original {original}: is not the original's network; train one with --preset notebook")
-    names = ["cpu"] + ["cuda"] * torch.cuda.is_available() if device == "auto" else [device]
-    devices = [choose_device(name) for name in names]
-    pairs = [] if data is None else list_pairs(data, "test")
-    rows: list[dict[str, Any]] = []
+    where, rows = choose_device(device), list[dict[str, Any]]()
     with output_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        pairs = pairs or list_pairs(write_set(Path(scratch, "set"), 1, images, (size, size), progress=False), "test")
-        pairs = (pairs * images)[:images]
-        for where in devices:
-            segmenters = variants(network, where)
-            with memory_kept():
-                for task in forward_and_call(network, segmenters, size, where):
-                    rows += measure(task, where, rounds, progress)
-            for task in test_and_folder(network, segmenters, pairs, Path(scratch), where):
-                rows += measure(task, where, min(rounds, 3), progress)
-    value = {
-        "rows": rows,
-        "size": size,
-        "environment": environment(devices[0], torch.float32),
-        "processor": processor(),
-    }
+        pairs = list_pairs(write_set(Path(scratch, "set"), 1, images, (size, size), progress=False), "test")
+        for task in tasks(size, pairs, Path(scratch), where):
+            rows += measure(task, where, rounds, progress)
+    value = {"rows": rows, "size": size, "environment": environment(where, torch.float32)}
     write_json(folder / "bench.json", value)
     return value
 
 
-def processor() -> str:
-    """The processor by name, where Linux tells it, and its widest instructions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    units = ", bfloat16" * has_bfloat16_units(torch.device("cpu"))
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}{units}"
-
-
-def variants(network: nn.Module, device: torch.device) -> Segmenters:
-    """The networks in every engine and precision that can be had on `device`."""
+def variants(network: nn.Module, device: torch.device) -> dict[str, Segmenter]:
+    """The original's network and the pretrained ones, in every engine and precision that can be had on `device`."""
     segmenters = {}
     for name, engine, precision in product((SAME, *WEIGHTS), ENGINES[1:], ENGINE_PRECISIONS[1:]):
         how = {"device": str(device), "engine": engine, "precision": precision}
@@ -118,13 +86,35 @@ def variants(network: nn.Module, device: torch.device) -> Segmenters:
     return segmenters
 
 
+def tasks(size: int, pairs: list[Pair], scratch: Path, device: torch.device) -> list[Task]:
+    """A forward pass on an image (size, size), a call of the segmenter, a whole test, and what `predict` does with a folder.
+
+    The test gives more scores and images than the baseline's. Call and folder have the baselines of forward pass and test.
+    """
+    network, image = build_model("attention_unet"), synthetic_image(0, size, size).image
+    forward = partial(baseline_forward, network, size, device)
+    test = partial(baseline_test, network, pairs, scratch, device)
+    forwards, calls, tests, folders = {KEPT: forward()}, dict[str, Call](), dict[str, Call](), dict[str, Call]()
+    for name, segmenter in variants(network, device).items():
+        forwards[name], calls[name] = partial(segmenter.network, image), partial(segmenter, image)
+        tests[name] = partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
+        inputs, output = [pair.image for pair in pairs], scratch / f"{name}, folder"
+        folders[name] = partial(predict_images, segmenter, inputs, output, True, progress=False)
+    return [
+        ("forward", 1, forwards, forward),
+        ("call", 1, calls, forward),
+        ("test, an image", len(pairs), tests, test),
+        ("folder, an image", len(pairs), folders, test),
+    ]
+
+
 def measure(task: Task, device: torch.device, rounds: int, progress: bool) -> list[dict[str, Any]]:
     """A row a call: median and quartiles over the rounds, the first left out, of its seconds an image.
 
     "ratio" is the baseline's median by the row's own; the baseline runs in a process of its own.
     """
     title, images, calls, baseline = task
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process, memory_kept():
         timers: dict[str, Callable[[], float]] = {BASELINE: lambda: process.submit(timed, baseline).result()}
         timers |= {name: partial(timed, partial(calls.__getitem__, name)) for name in calls}
         seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -134,8 +124,8 @@ def measure(task: Task, device: torch.device, rounds: int, progress: bool) -> li
     for name, values in seconds.items():
         low, median, high = np.quantile(values[1:], (0.25, 0.5, 0.75)).tolist()
         ratio = float(np.median(seconds[BASELINE][1:])) / median
-        times = {"median": median, "quartiles": [low, high], "ratio": ratio, "rounds": rounds}
-        rows.append({"task": title, "name": name, **times, "device": str(device)})
+        row = {"task": title, "name": name, "median": median, "quartiles": [low, high], "ratio": ratio}
+        rows.append(row | {"rounds": rounds, "device": str(device)})
     return rows
 
 
@@ -148,14 +138,6 @@ def timed(make: Callable[[], Call]) -> float:
     return time.perf_counter() - start
 
 
-def forward_and_call(network: nn.Module, segmenters: Segmenters, size: int, device: torch.device) -> list[Task]:
-    """A forward pass on an image (size, size), and a whole call of the segmenter on it; the baseline's is its forward pass."""
-    image, baseline = synthetic_image(0, size, size).image, partial(baseline_forward, network, size, device)
-    forward: dict[str, Call] = {name: partial(segmenter.network, image) for name, segmenter in segmenters.items()}
-    call: dict[str, Call] = {name: partial(segmenter, image) for name, segmenter in segmenters.items()}
-    return [("forward", 1, {KEPT: baseline(), **forward}, baseline), ("call", 1, call, baseline)]
-
-
 def baseline_forward(network: nn.Module, size: int, device: torch.device) -> Call:
     """The original's forward pass."""
     eager = copy.deepcopy(network).to(device).eval()
@@ -166,18 +148,6 @@ def baseline_forward(network: nn.Module, size: int, device: torch.device) -> Cal
             torch.sigmoid(eager(image)).cpu()
 
     return once
-
-
-def test_and_folder(
-    network: nn.Module, segmenters: Segmenters, pairs: list[Pair], scratch: Path, device: torch.device
-) -> list[Task]:
-    """A whole test, files to scores and images (more of both than the baseline's), and what `predict` does with a folder."""
-    inputs, tests, folders = [pair.image for pair in pairs], dict[str, Call](), dict[str, Call]()
-    for name, segmenter in segmenters.items():
-        tests[name] = partial(score_pairs, segmenter, pairs, "notebook", 0.5, scratch / name, progress=False)
-        folders[name] = partial(predict_images, segmenter, inputs, scratch / f"{name} folder", True, progress=False)
-    baseline = partial(baseline_test, network, pairs, scratch, device)
-    return [("test, an image", len(pairs), tests, baseline), ("folder, an image", len(pairs), folders, baseline)]
 
 
 def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: torch.device) -> Call:
@@ -210,4 +180,4 @@ def table(value: dict[str, Any]) -> list[str]:
         low, middle, high = (f"{1000 * t:.1f}" for t in (row["quartiles"][0], row["median"], row["quartiles"][1]))
         lines += [title] * (title not in lines)
         lines.append(f"  {row['name']:<34}{middle:>8} ms  ({low} to {high}){row['ratio']:>9.1f}x")
-    return [*lines, f"{value['processor']}; {value['environment']['threads']} threads"]
+    return [*lines, f"{value['environment']['processor']}; {value['environment']['threads']} threads"]
