@@ -42,7 +42,7 @@ fault("checkpoints that may run code", "checkpoint", "weights_only=True)", "weig
 fault("the gate mutes instead of amplifying", "model", "torch.addcmul(value, value, ", "value * (")
 fault("tiles without a halo", "inference/segmenter", "y, x = max(0, top - halo), max(0, left - halo)", "y, x = top, left")
 fault("a mirrored view not mirrored back", "inference/segmenter", "logits[:, ::step], -quarters", "logits, -quarters")
-fault("another engine's result not compared", "inference/engine", "if not difference <= LIMITS[precision]", "if False")
+fault("an engine's result not compared", "inference/engine", "if not difference <= LIMITS[precision] * largest", "if False")
 fault("vessels outside of the field of view", "inference/segmenter", "result[~fov] = outside or 0", "pass")
 fault("masks cut anywhere above black", "inference/protocol", "(array > 127 for", "(array > 0 for", "test")
 fault("half-written files", "utils", 'path.with_name(f".{uuid.uuid4().hex[:12]}.partial{path.suffix}")', "path")
