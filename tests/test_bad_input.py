@@ -101,7 +101,7 @@ class Desk:
             "threshold": lambda: [given, "--data", self.tiny_set, "--output", output],
             "synth": lambda: [output, "--train", 1, "--test", 1, "--size", 64],
             "export": lambda: ["--weights", weights, "--output", output],
-            "bench": lambda: ["--original", weights, "--data", data, "--output", output / "below"],
+            "bench": lambda: ["--output", output / "below"],
             "degrade": lambda: ["--weights", weights, "--data", data, "--output", output / "below"],
         }
         return [command, *arguments[command]()]

@@ -88,8 +88,8 @@ def test_the_file_predicts_in_the_style_asked_for_and_names_all(style, styled, t
     results = {
         name: Segmenter.load(styled, style=name, precision="float32")(image, fov) for name in ("a", "b", "balanced")
     }
-    near = [name for name, expected in results.items() if np.abs(probability - expected).max() < 1e-4]
-    assert near == [style or "balanced"]
+    differences = {name: np.abs(probability - expected).mean() for name, expected in results.items()}
+    assert min(differences, key=differences.get) == (style or "balanced") and min(differences.values()) < 3e-4
 
 
 def test_the_readmes_lines_segment_without_torch_as_the_segmenter_does(tmp_path):

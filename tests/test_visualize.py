@@ -84,7 +84,7 @@ def test_curves_show_both_losses_and_f1_and_mark_the_kept_epoch(tmp_path):
     assert set(losses.get_lines()[-1].get_xdata()) == {4}
     (losses,) = visualize.curves(history(40, validated=False)).axes
     assert list(lines_of(losses)) == ["training"]
-    visualize.save_curves(tmp_path / "curves.png", history(1), best=1)
+    save_figure(tmp_path / "curves.png", visualize.curves(history(1), 1))
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="a.png"):
         save_figure(tmp_path / "missing" / "a.png", losses.figure)
