@@ -19,16 +19,20 @@ from retina_seg.utils import UserError
 
 
 def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
-    """Dice loss over the whole batch: a scalar in [0, 1), float32, since sums of many pixels overflow bfloat16's precision.
+    """Dice loss over the whole batch: a scalar in [0, 1), float32.
 
-    `logits` and `targets` are float tensors of one shape, targets in [0, 1]. `smooth` is added to both sides of the
-    fraction, so that an empty mask is no division by zero. Raises `ValueError`: the shapes differ.
+    `logits` and `targets` are float tensors of one shape, targets in [0, 1]. `smooth` is
+    added to both sides of the fraction, so that an empty mask is no division by zero.
 
-    >>> round(dice_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])).item(), 6)  # 1 - (2*0.5 + 1) / (1 + 1 + 1)
+    Raises `ValueError`: the shapes differ.
+
+    >>> loss = dice_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+    >>> round(loss.item(), 6)  # 1 - (2*0.5 + 1) / (1 + 1 + 1)
     0.333333
     """
     if logits.shape != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")
+        shapes = [*logits.shape], [*targets.shape]
+        raise ValueError("logits {} and targets {} differ in shape".format(*shapes))
     probability = torch.sigmoid(logits.float()).flatten()
     targets = targets.float().flatten()
     overlap = (probability * targets).sum()
@@ -36,9 +40,10 @@ def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
 
 
 def dice_bce_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
-    """`dice_loss` plus the mean binary cross-entropy; arguments, errors and result as there, in [0, inf).
+    """`dice_loss` plus the mean binary cross-entropy, in [0, inf); called alike.
 
-    >>> round(dice_bce_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])).item(), 6)  # 1/3 + log 2
+    >>> loss = dice_bce_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+    >>> round(loss.item(), 6)  # 1/3 + log 2
     1.02648
     """
     dice = dice_loss(logits, targets, smooth)

@@ -27,19 +27,19 @@ def _conv_norm_relu(in_channels: int, out_channels: int, bias: bool = True) -> n
 
 
 class ConvBlock(nn.Module):
-    """Two 3x3 convolutions, each with batch normalisation and ReLU: (N, in, H, W) -> (N, out, H, W)."""
+    """Two 3x3 convolutions, normalised, with ReLU: (N, in, H, W) -> (N, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        first, second = _conv_norm_relu(in_channels, out_channels), _conv_norm_relu(out_channels, out_channels)
-        self.conv = nn.Sequential(*first, *second)
+        first = _conv_norm_relu(in_channels, out_channels)
+        self.conv = nn.Sequential(*first, *_conv_norm_relu(out_channels, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class EncoderBlock(nn.Module):
-    """A `ConvBlock`, then max-pooling by 2: (N, in, H, W) -> skip (N, out, H, W), pooled (N, out, H/2, W/2)."""
+    """A `ConvBlock`, then max-pooling: (N, out, H, W) and (N, out, H/2, W/2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -52,22 +52,24 @@ class EncoderBlock(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Weighs the merged features by how well the coarse path (query) and the skip (key) agree.
+    """Weighs merged features by how well coarse path (query) and skip (key) agree.
 
-    With gate g (N, G, H, W) and skip s (N, S, H, W): q = Wg(g), k = Ws(s), a = sigmoid(conv(relu(k q))) in (0, 1),
-    v = Wv([g, s]), result v a + v, (N, out, H, W). Unlike Attention U-Net the agreement is a product, not a sum, the
-    weights are one a channel, and the weighted features are added to themselves, so the gate amplifies and never mutes.
+    Of gate g (N, G, H, W) and skip s (N, S, H, W): q = Wg(g), k = Ws(s), v = Wv([g, s]),
+    a = sigmoid(conv(relu(k q))) in (0, 1), result v a + v, (N, out, H, W). Unlike in
+    Attention U-Net the agreement is a product, not a sum, the weights are one a channel,
+    and the weighted features are added to themselves: the gate amplifies, never mutes.
 
-    `in_channels` is [G, S]; `query_kernel` the side of the query's and the key's convolutions, 3 in the original.
+    `in_channels` is [G, S]; `kernel` the side of Wg's and Ws's convolutions.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, query_kernel: int = 3) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int, kernel: int = 3):
         super().__init__()
         gate, skip = in_channels
-        self.Wg = _conv_norm(gate, out_channels, query_kernel)
-        self.Ws = _conv_norm(skip, out_channels, query_kernel)
+        self.Wg = _conv_norm(gate, out_channels, kernel)
+        self.Ws = _conv_norm(skip, out_channels, kernel)
         self.Wv = _conv_norm(gate + skip, out_channels)
-        self.output = nn.Sequential(nn.Conv2d(out_channels, out_channels, 1), nn.Sigmoid())
+        weights = nn.Conv2d(out_channels, out_channels, 1)
+        self.output = nn.Sequential(weights, nn.Sigmoid())
 
     def attention(self, gate: Tensor, skip: Tensor) -> Tensor:
         """The weights a, (N, out, H, W) in (0, 1)."""
@@ -75,7 +77,7 @@ class AttentionGate(nn.Module):
 
     def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
         value = self.Wv(torch.cat([gate, skip], dim=1))
-        return torch.addcmul(value, value, self.attention(gate, skip))  # in one pass over memory
+        return torch.addcmul(value, value, self.attention(gate, skip))  # v + v a
 
 
 class DecoderBlock(nn.Module):
@@ -95,14 +97,14 @@ class DecoderBlock(nn.Module):
 
 
 class AttentionUNet(nn.Module):
-    """The original's network: (N, 3, H, W) BGR in [0, 1], H and W multiples of 4 -> logits (N, 1, H, W).
+    """The original's network: (N, 3, H, W) BGR in [0, 1] -> logits (N, 1, H, W).
 
-    664,071 trainable parameters, 120 state-dict entries; a state dict of the original loads with `strict=True`.
+    664,071 trainable parameters; a state dict of the original loads with `strict=True`.
     Raises `ValueError`: H or W is no multiple of 4 (`Segmenter` pads any image).
     """
 
     stride = 4  # height and width must be multiples of this
-    receptive_field = None  # up-sampling with aligned corners depends on the whole height and width: no tiling
+    receptive_field = None  # unbounded: up-sampling with aligned corners
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,9 +196,9 @@ class FastAttentionUNet(nn.Module):
         self.b1 = nn.Sequential(*(ResidualBlock(w3, dilation, dropout) for dilation in (1, 2, 4)))
         self.pool = nn.MaxPool2d(2)
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        self.ag1 = AttentionGate([w3, w2], w2, query_kernel=1)
+        self.ag1 = AttentionGate([w3, w2], w2, kernel=1)
         self.d1 = ResidualBlock(w2)
-        self.ag2 = AttentionGate([w2, w1], w1, query_kernel=1)
+        self.ag2 = AttentionGate([w2, w1], w1, kernel=1)
         self.d2 = ResidualBlock(w1)
         self.head = nn.Conv2d(w1, 4 * (fine or styles), 3, padding=1)
         self.shuffle: nn.Module = nn.PixelShuffle(2)

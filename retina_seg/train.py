@@ -52,31 +52,32 @@ def train(
     """One pass of training over `loader`, as in the original.
 
     Args:
-        loader: batches of images (N, 3, H, W) and masks (N, 1, H, W), float32 in [0, 1]; for a network with styles of
-            labelling also the style (N,) int64 of each image, whose logits alone count.
+        loader: batches of images (N, 3, H, W), masks (N, 1, H, W), float32, and
+            for a network with styles each image's style (N,) int64, whose logits count.
         loss_fn: of (logits, masks), both (N, 1, H, W).
         precision: bfloat16 runs the network under autocast; the loss is always float32.
         clip: largest norm of the gradient, 0 for none.
         after_step: called after every step (schedule, EMA).
 
-    Returns the mean loss over batches. Raises `ValueError`: the loader is empty. `NotFinite`: the loss or a gradient is
-    not finite; the weights are those before the step.
+    Returns the mean loss over batches. Raises `ValueError`: the loader is empty.
+    `NotFinite`: loss or gradient is not finite; the weights are those before the step.
     """
     device = torch.device(device)
     model.train()
     losses: list[Tensor] = []
     for images, masks, *style in loader:
-        images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        images, masks = (batch.to(device, non_blocking=True) for batch in (images, masks))
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, precision):
             logits = of_style(model(images), *style)
         loss = loss_fn(logits, masks)
         loss.backward()
         losses.append(loss.detach())
-        norm = nn.utils.get_total_norm([value.grad for value in model.parameters() if value.grad is not None])
+        gradients = [value.grad for value in model.parameters() if value.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             what = "gradient" if torch.isfinite(loss) else "loss"
-            raise NotFinite(f"the {what} is not a finite number at step {len(losses)} of this pass")
+            raise NotFinite(f"the {what} is not finite at step {len(losses)} of this pass")
         if clip:
             nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
         optimizer.step()
