@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import shaken
+from conftest import call, shaken
 
 from retina_seg.checkpoint import save_model
 from retina_seg.fov import find_fov
@@ -142,3 +142,18 @@ def test_a_file_with_another_prediction_is_not_written(difference, tmp_path, mon
     with pytest.raises(UserError, match=f"not written.*{difference}"):
         export.export("drive", target)
     assert target.read_bytes() == b"the one before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--output a.onnx --data d",
+        "--engine openvino --data d",
+        "--engine openvino --precision int8 --output a.onnx",
+    ],
+)
+def test_options_of_the_other_engine_are_refused(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("export", *options.split()) == 2 and "--engine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import threading
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -226,13 +225,12 @@ class Segmenter:
         return logits
 
 
-def _state(model: nn.Module) -> tuple[list[tuple[int, int]], int]:
-    """What tells whether a network was changed: its tensors and a checksum of their values."""
-    parts = (part for module in model.modules() for part in (module._parameters, module._buffers))
-    values = [value for part in parts for value in part.values() if value is not None]
-    content = [value.detach().flatten().cpu().view(torch.uint8) for value in values if value.numel()]
-    checksum = zlib.adler32(torch.cat(content).numpy().data) if content else 0
-    return [(id(value), value._version) for value in values], checksum
+def _state(model: nn.Module) -> tuple[list[tuple[int, int]], float, float]:
+    """What tells whether a network was changed: its tensors, the sum of their values and of the squares."""
+    values = [*model.parameters(), *model.buffers()]
+    flat = torch.cat([value.detach().flatten() for value in values if value.is_floating_point()] or [torch.zeros(1)])
+    array = flat.float().cpu().numpy()  # torch's sums depend on the number of threads
+    return [(id(value), value._version) for value in values], float(array.sum()), float(np.square(array).sum())
 
 
 def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, halo: int, stride: int) -> np.ndarray:
