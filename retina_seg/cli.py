@@ -135,9 +135,7 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "engine", "precision")
     argument("images", "files, folders with all below them, .txt or .csv lists of paths", nargs="+", metavar="INPUT"),
     argument("--output", "folder for maps and summary.csv; mirrors the input's sub-folders", required=True),
     argument("--save", "any of masks,probability,overlay,fov", "masks,probability,overlay", metavar="NAMES"),
-    argument(
-        "--report", "write report.html: images, measures, remarks, to look at (default: off)", action="store_true"
-    ),
+    argument("--report", "write report.html: images, measures, remarks (default: off)", action="store_true"),
     argument("--dry-run", "say what would be done, write nothing (default: off)", action="store_true"),
     argument("--jobs", "images at once (default: up to 4, by processor cores)", type=int),
     argument("--measure", "add measures of the vessels to the summaries (default: off)", action="store_true"),
@@ -338,22 +336,14 @@ def _degrade(options: argparse.Namespace) -> None:
     _say(f"written to {options.output}: degrade.csv, degrade.png")
 
 
-MEASURED = (
-    "the table, a row a mask, of the field of view and its quadrants: area, length, calibre, branch and end points, "
-    "tortuosity, curvature, fractal dimensions; units and definitions: retina_seg/analysis/measure.py"
-)
-
-
 @command(
-    "measure vessel masks; compare two folders of them",
+    "measure vessel masks (area, length, calibre, branches, tortuosity, fractal dimension); compare two folders",
     "measure vessels/ --output table.csv --pixel-size 7.5",
     argument("masks", "masks, or folders; of predict's output the vessels", nargs="+", metavar="MASKS"),
-    argument("--output", MEASURED, required=True, metavar="TABLE.csv"),
+    argument("--output", "the table, a row a mask; definitions: help(retina_seg.analysis.measure)", required=True),
     PIXEL_SIZE,
     argument("--discs", "table of optic discs, for zones B and C: name, x, y, diameter in pixels", metavar="TABLE"),
-    argument(
-        "--fov", "folder of fields of view (default: <name>_fov.png beside a mask, else the frame)", metavar="DIR"
-    ),
+    argument("--fov", "folder of fields of view (default: *_fov.png beside a mask, or the frame)", metavar="DIR"),
     argument("--against", "other masks of the same images: ICC(2,1), bias, limits of agreement", metavar="OTHER_MASKS"),
 )
 def _measure(options: argparse.Namespace) -> int:
@@ -421,9 +411,7 @@ def _synth(options: argparse.Namespace) -> None:
     WEIGHTS,
     argument("--output", "the ONNX file; its name ends in .onnx"),
     STYLE,
-    argument(
-        "--engine", "onnx writes the file; openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")
-    ),
+    argument("--engine", "openvino prepares weights for predict", "onnx", choices=("onnx", "openvino")),
     argument("--precision", "of --engine openvino", choices=("int8",)),
     argument("--data", "whose training images are measured for int8; several folders may be given", nargs="+"),
 )
