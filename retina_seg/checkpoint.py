@@ -44,7 +44,9 @@ def find_weights(name: str | Path) -> Path:
         return path / "checkpoint.pth" if path.is_dir() else path
     if str(name) in pretrained and not path.is_dir():
         return WEIGHTS / f"{name}.pth"
-    remedy = f"give a run's folder, a file, or pretrained weights: {', '.join(pretrained)}"
+    remedy, own = f"give a run's folder, a file, or pretrained weights: {', '.join(pretrained)}", path.resolve().name
+    if path.is_dir() and own in pretrained:
+        remedy = f"its weights are in the package: --checkpoint {own}, --weights {own}"
     raise UserError(f"{path}: {'holds no checkpoint.pth' if path.is_dir() else 'no such checkpoint'}; {remedy}")
 
 
@@ -169,7 +171,8 @@ def _what_it_is(path: Path, error: Exception) -> str:
     code = re.search(r"GLOBAL (\S+)", str(error))
     kinds = {
         "a safetensors file": start[8:10] == b'{"',
-        "an ONNX file": path.suffix == ".onnx",
+        "a NumPy file": start.startswith(b"\x93NUMPY"),
+        "an ONNX file": path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start),
         "a TorchScript program": "TorchScript" in str(error),
         f"a whole pickled network, or holds other Python objects ({code and code[1]})": code,
     }

@@ -149,6 +149,7 @@ EXACT_NAMES = ("working_size", "tta", "style", "device", "engine", "precision")
 def _predict(options: argparse.Namespace) -> int:
     from retina_seg.analysis.report import write_report
     from retina_seg.checkpoint import WEIGHTS, find_weights, weights_id
+    from retina_seg.device import environment
     from retina_seg.distributed import process_group
     from retina_seg.inference.batch import DONE, plan_images, segment_images
     from retina_seg.inference.segmenter import Segmenter
@@ -161,7 +162,8 @@ def _predict(options: argparse.Namespace) -> int:
     options.save += ",report" * options.report
     measures = {"measure": options.measure, "pixel_size": options.pixel_size}
     choices = given_options(options, "threshold", "working_size", "tta", "style")
-    shown = {**choices, "precision": options.precision.replace("auto", ""), **measures}
+    computed = {name: value for name in ("engine", "precision") if (value := getattr(options, name)) != "auto"}
+    shown = {**choices, **computed, **measures}
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
     made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
     with process_group() as world:
@@ -170,7 +172,8 @@ def _predict(options: argparse.Namespace) -> int:
         if not options.dry_run:
             how = given_options(options, "engine", "precision")
             load = {**choices, "device": str(world.device(options.device)), **how}
-            rows = segment_images(Segmenter.load(path, **load), plan, options.jobs, world=world, **measures)
+            segmenter = Segmenter.load(path, **load)
+            rows = segment_images(segmenter, plan, options.jobs, world=world, **measures)
     if not world.is_main:
         return 0
     _say(*remarks(path))
@@ -186,7 +189,8 @@ def _predict(options: argparse.Namespace) -> int:
         _say(f"{doubtful} doubtful or not gradable: see gradable and remark in {Path(options.output, 'summary.csv')}")
     _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
     if options.report:
-        _say(f"to look at: {write_report(options.output)}")
+        settings = environment(segmenter.device, segmenter.precision) | {"engine": segmenter.engine}
+        _say(f"to look at: {write_report(options.output, settings)}")
     return int(bool(failed))
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from retina_seg import __version__
 from retina_seg.config import PRECISIONS
 from retina_seg.utils import UserError, prefetch
 
@@ -160,7 +161,7 @@ def git_commit() -> str | None:
 def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """What a figure depends on besides its config: versions, device, precision, threads, commit."""
     packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn", "scikit-image", "openvino")
-    versions = {}
+    versions = {"retina_seg": __version__}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

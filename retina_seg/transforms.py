@@ -89,6 +89,11 @@ class ResizeFrame:
     width: int = 512
     margin = 0  # strides of black around the image
 
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """(height, width) in the frame of most images."""
+        return self.height, self.width
+
     def place(self, fov: np.ndarray) -> Placement:
         """How an image lies in the frame: of its field of view `fov` (H, W) bool only the shape counts."""
         return Placement((0, 0, *fov.shape), (self.height, self.width))
@@ -110,6 +115,11 @@ class FovFrame:
     largest_diameter: float | None = None  # the most a larger one is brought to (`working_diameter`); None: all to one
     normalise: bool = False  # whether light and colour are normalised inside the field of view (`normalise`)
     margin = 2  # strides of black around the image: the dark surround that the box cut off
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """(height, width) in the frame of most images, whose field of view is round."""
+        return (round(self.fov_diameter),) * 2
 
     def working_diameter(self, diameter: float) -> float:
         """The diameter in the frame, pixels, of a field of view of `diameter` pixels on the image.
@@ -147,7 +157,7 @@ Frame = ResizeFrame | FovFrame
 def frame_from_dict(value: Any) -> Frame:
     """The frame that `to_dict` wrote. Raises `ValueError` where it is none."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        if value["kind"] == "resize":
+        if value["kind"] in ("resize", "squeeze"):  # the second in checkpoints of earlier versions
             height, width = value["size"]
             if all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (height, width)):
                 return ResizeFrame(height, width)

@@ -180,7 +180,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON; a score that cannot be had (NaN) becomes null."""
-    write_text(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -384,7 +384,7 @@ def test_bad_input_is_one_line_that_names_it(make, said, status, leaves, desk, c
             continue
         assert re.fullmatch(leaves, path.name)
         readers = {".png": read_image, ".pth": lambda p: torch.load(p, weights_only=True)}
-        readers |= {".json": lambda p: json.loads(p.read_text(errors="surrogateescape"))}
+        readers |= {".json": lambda p: json.loads(p.read_text(encoding="utf-8"))}
         readers.get(path.suffix, Path.read_bytes)(path)  # whole
 
 

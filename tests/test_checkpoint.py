@@ -111,7 +111,7 @@ def test_weights_are_found_by_file_run_folder_or_name(saved, monkeypatch):
     monkeypatch.setenv("HOME", str(saved.parent))
     assert checkpoint.find_weights("~") == checkpoint.find_weights(Path("~/checkpoint.pth")) == saved
     (saved.parent / "tiny").mkdir()  # a folder comes before a name
-    for name, said in (("tiny", "tiny: holds no checkpoint.pth; .*weights: drive"), ("nowhere", "weights: drive")):
+    for name, said in (("tiny", "tiny: holds no checkpoint.pth; .*--checkpoint tiny"), ("nowhere", "weights: drive")):
         with pytest.raises(UserError, match=said):
             checkpoint.find_weights(name)
 
@@ -136,6 +136,8 @@ OTHERS = {"generator": network().state_dict(), "discriminator": {"weight": torch
         (b"PK\x03\x04" * 99, "damaged, cut short"),
         (pickle.dumps([1, 2]), "not written by torch.save"),
         (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+        (b"\x93NUMPY\x01\x00", "a NumPy file"),
+        (b"\x08\x0a\x12\x07pytorch", "an ONNX file"),
         (b'\x40\0\0\0\0\0\0\0{"w": 1}', "a safetensors file"),
         (torch.nn.Linear(2, 2), "a whole pickled network.*torch.nn.modules.linear.Linear"),
         ({"epoch": 3, "weights": None}, "holds keys epoch, weights and no weights"),

@@ -83,13 +83,13 @@ def test_the_file_predicts_in_the_style_asked_for_and_names_all(style, styled, t
     values = onnxruntime.InferenceSession(tmp_path / "vessels.onnx").get_modelmeta().custom_metadata_map
     assert (values["style"], values["styles"]) == (style or "balanced", "a, b, balanced")
     assert "not a medical device" in values["notice"] and "normalise=True" in values["frame"]
-    image = synthetic_image(2, 66, 67).image
+    image = synthetic_image(2, 128, 128).image[32:96, 32:96]  # lit all over: at the frame's own scale
     _, probability, fov = segmented(tmp_path / "vessels.onnx", image)
     results = {
         name: Segmenter.load(styled, style=name, precision="float32")(image, fov) for name in ("a", "b", "balanced")
     }
-    differences = {name: np.abs(probability - expected).mean() for name, expected in results.items()}
-    assert min(differences, key=differences.get) == (style or "balanced") and min(differences.values()) < 3e-4
+    near = [name for name, expected in results.items() if np.abs(probability - expected).max() < 1e-4]
+    assert near == [style or "balanced"]
 
 
 def test_the_readmes_lines_segment_without_torch_as_the_segmenter_does(tmp_path):

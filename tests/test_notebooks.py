@@ -134,7 +134,7 @@ def test_is_committed_as_it_ran(name):
     path = NOTEBOOKS / f"{name}.ipynb"
     notebook, cells, outputs = read(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert figures(outputs) and path.stat().st_size < 800 * 1024
+    assert figures(outputs) and path.stat().st_size < 700 * 1024
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     text = "\n".join(output.get("text") or output["data"].get("text/plain", "") for output in outputs)
     assert not re.search(r"Warning|%\||PosixPath|WindowsPath|(?<![\w.])/[a-z]\w+/|[A-Z]:\\", text)

@@ -112,6 +112,7 @@ def test_a_channel_without_contrast_is_grey_and_the_frame_normalises_before_it_s
 def test_frames_travel_as_plain_values_and_nonsense_is_refused():
     for frame in (ResizeFrame(64, 96), FovFrame(720.0), FovFrame(720.0, 1080.0)):
         assert frame_from_dict(frame.to_dict()) == frame
+    assert frame_from_dict({"kind": "squeeze", "size": [64, 96]}) == ResizeFrame(64, 96)  # of earlier versions
     assert [frame.with_size(32) for frame in (ResizeFrame(64, 96), FovFrame(720, 1080.0))] == [
         ResizeFrame(32, 32),
         FovFrame(32),

@@ -56,10 +56,10 @@ def agreement_table(rows: list[dict], others: list[dict], measures: Sequence[str
 
 
 def agreement_lines(table: list[dict[str, Any]]) -> list[str]:
-    """The agreement on `MEASURES` in the whole field, for people."""
+    """The agreement on the area density and on `MEASURES` in the whole field, for people."""
     lines = [f"{'measure':<28}" + "".join(f"{name:>11}" for name in AGREEMENT[1:])]
     for row in table:
-        if row["measure"] in MEASURES:
+        if row["measure"] in ("area_pct", *MEASURES):
             numbers = "".join(f"{row[name]:>11.4g}" if name in row else f"{'-':>11}" for name in AGREEMENT[1:])
             lines.append(f"{row['measure']:<28}{numbers}")
     return lines if table else []

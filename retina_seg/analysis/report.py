@@ -5,16 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from retina_seg import __version__
 from retina_seg.inference.batch import SAVES
 from retina_seg.utils import atomic_write, read_text, user_path
 
@@ -22,13 +19,12 @@ EMBEDDED = 200  # images; the previews of more are not in the page but beside it
 HIDDEN = ("input", "size", "mtime_ns", "made_with", "seconds")
 FIRST = ("name", "gradable", "remark", "status")  # columns
 NO_MEASURES = ("width", "height")
-PACKAGES = ("torch", "openvino", "numpy", "opencv-python-headless", "scikit-image")
 
 
-def write_report(output: str | Path) -> Path:
+def write_report(output: str | Path, settings: Mapping[str, Any]) -> Path:
     """Write `output`/report.html on all images in the summary of `predict`; with `--save report` each has a preview.
 
-    The page needs no network and, up to `EMBEDDED` images, no other file.
+    The page needs no network and, up to `EMBEDDED` images, no other file. At its end stand `settings`, name -> value.
 
     Raises `UserError`: no summary in `output`, or it may not be written to.
     """
@@ -56,9 +52,7 @@ def write_report(output: str | Path) -> Path:
     ]
     grades = Counter(row["gradable"] for row in shown if row.get("gradable"))
     counts = f"{len(rows)} images" + "".join(f", {grades[grade]} gradable: {grade}" for grade in grades)
-    made_with = "; ".join(sorted({str(row["made_with"]) for row in rows}))
-    settings = {"made with": made_with, "retina_seg": __version__, "Python": platform.python_version(), **_versions()}
-    settings["processor"] = f"{platform.machine()} {platform.processor()}"
+    settings = {"made with": "; ".join(sorted({str(row["made_with"]) for row in rows})), **settings}
     data = {"rows": shown, "columns": columns, "counts": counts, "settings": settings}
     template = files("retina_seg.analysis").joinpath("report.html").read_text(encoding="utf-8")
     # in a page, "</script>" would end the data
@@ -72,14 +66,3 @@ def _is_number(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Whether the column `name` has numbers, and only numbers and empty cells."""
     values = [row[name] for row in rows if row[name] is not None]
     return bool(values) and all(isinstance(value, (int, float)) for value in values)
-
-
-def _versions() -> dict[str, str]:
-    """The installed `PACKAGES` and their versions."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # an extra
-            continue
-    return found

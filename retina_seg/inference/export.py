@@ -26,7 +26,6 @@ from retina_seg.inference.segmenter import Segmenter
 from retina_seg.model import DEFAULT_STRIDE
 from retina_seg.sets.files import Data
 from retina_seg.sets.synthetic import synthetic_image
-from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError, atomic_write, output_folder, user_path, write_json
 
 LARGEST_DIFFERENCE = 1e-4  # in probability; rounding makes a few millionths
@@ -163,8 +162,10 @@ def _difference(content: bytes, segmenter: Segmenter) -> float:
     """
     import onnxruntime
 
-    session, frame = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]), segmenter.frame
-    sides = (frame.height, frame.width) if isinstance(frame, ResizeFrame) else [round(frame.fov_diameter)] * 2
+    session, sides = (
+        onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]),
+        segmenter.frame.usual_size,
+    )
     side = max(64, 2 * max(sides))  # so that the middle is lit, and thus the field of view
     top, left = ((side - length) // 2 for length in sides)
     image = synthetic_image(0, side, side).image[top : top + sides[0], left : left + sides[1]]

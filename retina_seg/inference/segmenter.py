@@ -104,11 +104,8 @@ class Segmenter:
     def _inference_copy(self) -> TorchNetwork | OpenvinoNetwork:
         try:
             if self.engine == "openvino":
-                frame, stride = self.frame, getattr(self.model, "stride", DEFAULT_STRIDE)
-                sides = (
-                    (frame.height, frame.width) if isinstance(frame, ResizeFrame) else [round(frame.fov_diameter)] * 2
-                )
-                usual = pad_to_stride(np.zeros(sides, np.uint8), stride, frame.margin)[0].shape
+                stride, image = getattr(self.model, "stride", DEFAULT_STRIDE), np.zeros(self.frame.usual_size, np.uint8)
+                usual = pad_to_stride(image, stride, self.frame.margin)[0].shape
                 return OpenvinoNetwork(self.model, self.precision, self._threads, self._ranges, usual)
         except UserError:
             if self._asked[0] == "openvino":
