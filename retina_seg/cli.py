@@ -162,17 +162,15 @@ def _predict(options: argparse.Namespace) -> int:
     options.save += ",report" * options.report
     measures = {"measure": options.measure, "pixel_size": options.pixel_size}
     choices = given_options(options, "threshold", "working_size", "tta", "style")
-    computed = {name: value for name in ("engine", "precision") if (value := getattr(options, name)) != "auto"}
-    shown = {**choices, **computed, **measures}
+    computed = given_options(options, "engine", "precision")
     made_with = [path.stem if path.parent == WEIGHTS.resolve() else str(path), weights_id(path)]
-    made_with += [name if value is True else f"{name}={value}" for name, value in shown.items() if value]
+    given = {name: value for name, value in (choices | computed | measures).items() if value and value != "auto"}
+    made_with += [name if value is True else f"{name}={value}" for name, value in given.items()]
     with process_group() as world:
         how = given_options(options, "output", "overwrite", "save")
         plan = plan_images(options.images, made_with=" ".join(made_with), **how)
         if not options.dry_run:
-            how = given_options(options, "engine", "precision")
-            load = {**choices, "device": str(world.device(options.device)), **how}
-            segmenter = Segmenter.load(path, **load)
+            segmenter = Segmenter.load(path, device=str(world.device(options.device)), **choices, **computed)
             rows = segment_images(segmenter, plan, options.jobs, world=world, **measures)
     if not world.is_main:
         return 0
@@ -189,7 +187,7 @@ def _predict(options: argparse.Namespace) -> int:
         _say(f"{doubtful} doubtful or not gradable: see gradable and remark in {Path(options.output, 'summary.csv')}")
     _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
     if options.report:
-        settings = environment(segmenter.device, segmenter.precision) | {"engine": segmenter.engine}
+        settings = {"engine": segmenter.engine, **environment(segmenter.device, segmenter.precision)}
         _say(f"to look at: {write_report(options.output, settings)}")
     return int(bool(failed))
 

@@ -253,12 +253,8 @@ def test_a_part_without_any_mask_is_left_out(tmp_path, capsys):
     source = make_drive(tmp_path / "raw")
     shutil.rmtree(source / "test/1st_manual")  # as DRIVE's site gives it
     assert names(run("drive", source, tmp_path / "set", size=32), "train") == ["21_training", "22_training"]
-    assert names(tmp_path / "set", "test") == [] and [len(part) for pair in load_data(source) for part in pair] == [
-        2,
-        2,
-        0,
-        0,
-    ]
+    files = [len(paths) for part in load_data(source) for paths in part]
+    assert names(tmp_path / "set", "test") == [] and files == [2, 2, 0, 0]
     said = capsys.readouterr().out
     assert "2 images without a mask are left out" in said and "no test part: " in said
 

@@ -129,11 +129,7 @@ def test_a_gallery_names_the_error_colours_and_heat_maps_their_range():
 
 
 def test_a_preview_is_the_image_and_the_image_with_outlines_cut_to_the_field_of_view():
-    image, fov, vessels = (
-        np.full((900, 1400, 3), 90, np.uint8),
-        np.zeros((900, 1400), bool),
-        np.zeros((900, 1400), bool),
-    )
+    image, (fov, vessels) = np.full((900, 1400, 3), 90, np.uint8), np.zeros((2, 900, 1400), bool)
     fov[100:900, 200:1000], vessels[480:520] = True, True
     shown = visualize.preview(image, fov, vessels)
     side = shown.shape[0]
