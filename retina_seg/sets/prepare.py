@@ -1,7 +1,7 @@
 """Raw public sets -> the Data1 layout.
 
-DRIVE at 512 is augmented as in the original's `data_augmentation` notebook. Fields of view, second observers and
-`photos.csv` are written too.
+`load_data` and `augment_data` are the steps of the original's `data_augmentation` notebook, for DRIVE. `prepare_set` takes
+every set in `SETS`, and writes fields of view, second observers and `photos.csv` too.
 """
 
 import os
