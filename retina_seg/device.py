@@ -55,9 +55,15 @@ def processor_info() -> dict[str, str]:
 
 
 def has_flag(*names: str) -> bool:
-    """Whether the processor has one of these extensions, as Linux names them; False on other systems."""
+    """Whether the processor has one of these extensions, as Linux names them; False on other systems.
+
+    Those of AVX-512 and AMX only where torch may use AVX-512 (`ATEN_CPU_CAPABILITY`).
+    """
     # torch has no public question for this before 2.11; the kernel's own list is the same on every version
-    return not {*names}.isdisjoint(processor_info().get("flags", "").split())
+    flags = processor_info().get("flags", "").split()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        flags = [flag for flag in flags if not flag.startswith(("avx512", "amx"))]
+    return not {*names}.isdisjoint(flags)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -49,6 +49,14 @@ def test_float32_training_on_narrow_processors_is_not_channels_last(monkeypatch)
         assert device.training_layout(torch.device("cuda"), torch.float32) is torch.channels_last
 
 
+def test_extensions_that_torch_is_kept_from_do_not_count(monkeypatch):
+    monkeypatch.setattr(device, "processor_info", lambda: {"flags": "fpu avx2 avx_vnni avx512_vnni avx512_bf16"})
+    for capability, wide in (("AVX512", True), ("AVX2", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda value=capability: value)
+        assert device.has_bfloat16_units(CPU) is wide and device.has_flag("avx512_vnni") is wide
+        assert device.has_flag("avx_vnni") and not device.has_flag("amx_int8")
+
+
 PAGES = """
 import resource, torch
 from retina_seg.device import memory_kept

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -74,8 +75,10 @@ def ranges_of(model) -> engine.Ranges:
     )
 
 
-def test_in_8_bits_inputs_and_weights_are_those_rounded(monkeypatch):
+@pytest.mark.parametrize("vnni", [True, False])
+def test_in_8_bits_inputs_and_weights_are_those_rounded_weights_to_7_without_vnni(vnni, monkeypatch):
     pytest.importorskip("openvino", reason="needs the extra openvino")
+    monkeypatch.setattr(engine, "has_flag", lambda *_: vnni)
     monkeypatch.setattr(engine, "has_bfloat16_units", lambda _: False)
     model, name = network_of("fast_attention_unet"), "b1.0.conv1"
     low, high = (8 * limit for limit in ranges_of(model)[name])  # coarse steps, so that they show
@@ -83,18 +86,23 @@ def test_in_8_bits_inputs_and_weights_are_those_rounded(monkeypatch):
     rounded = engine.fold_batch_norm(model)
     layer = rounded.get_submodule(name)
     largest = layer.weight.detach().abs().amax((1, 2, 3), keepdim=True)
-    layer.weight.data = (layer.weight / largest * 127).round() * largest / 127
+    step = largest / 127 * (1 if vnni else 2)
+    layer.weight.data = (layer.weight / step).round() * step
     layer.register_forward_pre_hook(lambda _, x: torch.fake_quantize_per_tensor_affine(x[0], high / 255, 0, 0, 255))
     expected, exact = logits_of(rounded), logits_of(model)
     assert low == 0 and np.abs(result - expected).max() < 0.1 * np.abs(exact - expected).max() > 0
 
 
-@pytest.mark.parametrize("fault", ["an operation that is not translated", "another result", "NaN"])
+@pytest.mark.parametrize("fault", ["an operation that is not translated", "one that it lacks", "another result", "NaN"])
 def test_where_openvino_cannot_compute_the_network_torch_does_unless_it_was_asked_for(fault, monkeypatch):
     pytest.importorskip("openvino", reason="needs the extra openvino")
     model = network_of("fast_attention_unet")
     if fault == "NaN":
         nn.init.constant_(model.e1.conv1.weight, 3e38)  # finite, as `load_model` asks, but sums are not; a ReLU follows
+    elif fault == "one that it lacks":
+        import openvino
+
+        monkeypatch.setattr(openvino, "compile_model", Mock(side_effect=RuntimeError("from core.cpp\nno MaxPool")))
     elif fault == "another result":
         monkeypatch.setitem(engine.LIMITS, torch.float32, 0.0)
     else:
@@ -113,7 +121,7 @@ def test_where_openvino_cannot_compute_the_network_torch_does_unless_it_was_aske
 def test_the_engine_is_chosen_by_name_and_by_what_there_is(monkeypatch):
     own, other, gpu = network_of("attention_unet"), nn.Conv2d(3, 1, 1), torch.device("cuda")
     ranges, choose = {"e2.conv.conv.0": (0.0, 1.0)}, engine.choose_engine
-    monkeypatch.setattr(engine, "has_flag", lambda *_: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(engine, "choose_precision", lambda name, _: name)
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _: "installed")
     assert choose("auto", "auto", CPU, own, None) == ("openvino", "auto")
@@ -131,7 +139,7 @@ def test_the_engine_is_chosen_by_name_and_by_what_there_is(monkeypatch):
     for name, given in (("torch", ranges), ("auto", None)):
         with pytest.raises(UserError, match="--precision int8: needs .*retina-seg export --precision int8"):
             choose(name, "int8", CPU, own, given)
-    monkeypatch.setattr(engine, "has_flag", lambda *_: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert choose("auto", "auto", CPU, own, ranges) == ("openvino", "auto")
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _: None)
     assert choose("auto", "auto", CPU, own, ranges) == ("torch", "auto")
@@ -141,7 +149,7 @@ def test_the_engine_is_chosen_by_name_and_by_what_there_is(monkeypatch):
 
 def test_a_network_that_changed_is_not_computed_in_8_bits_by_its_old_ranges(monkeypatch):
     pytest.importorskip("openvino", reason="needs the extra openvino")
-    monkeypatch.setattr(engine, "has_flag", lambda *_: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = network_of("fast_attention_unet")
     segmenter = Segmenter(model, ranges=ranges_of(model), device="cpu", frame=ResizeFrame(64, 64))
     before = segmenter(IMAGE, everywhere=True)
