@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(
-    name: str | Path, style: str | None = None, model: nn.Module | None = None
+    name: str | Path, style: str | Sequence[str] | None = None, model: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of the checkpoint `name`, in evaluation mode on the processor, and the checkpoint's other entries.
 
     Args:
         style: of labelling, a name in the checkpoint's "styles", whose logits the network gives; None: its own "style",
-            and "balanced" where that is "auto". "auto" gives logits (N, 2, H, W), of `styles.AUTO_STYLES`.
+            and "balanced" where that is "auto". "auto" gives logits (N, 2, H, W), of `styles.AUTO_STYLES`; several names
+            give logits of each.
         model: the network to load the weights into; None: built by the checkpoint's "model" and "arguments".
 
     Raises `UserError`: as `load_checkpoint`; weights of another architecture, or not finite; no such style.
@@ -122,17 +124,18 @@ def load_model(
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{path}: holds weights that are not finite numbers; take an earlier checkpoint")
     styles = checkpoint.get("styles", {})
-    if style is not None and style not in (*styles, *([AUTO] if styles else [])):
-        raise UserError(f"--style {style}: {path} has {', '.join(styles) or 'no styles to choose from'}")
+    for one in [style] if isinstance(style, str) else style or ():
+        if one not in (*styles, *([AUTO] if styles else [])):
+            raise UserError(f"--style {one}: {path} has {', '.join(styles) or 'no styles to choose from'}")
     if styles:
         own = checkpoint.get("style")
-        checkpoint["style"] = style or ("balanced" if own == AUTO else own)
-        names = AUTO_STYLES if style == AUTO else [checkpoint["style"]]
+        chosen = checkpoint["style"] = style or ("balanced" if own == AUTO else own)
+        names: Any = AUTO_STYLES if chosen == AUTO else [chosen] if isinstance(chosen, str) else chosen
         try:
             mix: Any = model.mix_styles
             mix([styles[name] for name in names])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            raise UserError(f"{path}: its style {str(checkpoint['style'])[:80]} does not fit its network") from None
+            raise UserError(f"{path}: its style {str(chosen)[:80]} does not fit its network") from None
     return model.eval(), checkpoint
 
 

@@ -41,6 +41,7 @@ class TrainConfig:
     model: str = _option("attention_unet", "architecture, a name in model.MODELS")
     model_arguments: dict[str, Any] = _option(dict, "its arguments, as JSON")
     weights: str | None = _option(str, "start from these weights, in their network and frame: a name, file or run")
+    teacher: str | None = _option(str, "learn the predictions of these weights too, in the style of each dataset")
 
     frame: str = _option("resize", "whole images at --size, aspect ratio not kept, or patches at one scale", FRAMES)
     size: int = _option(512, "side of what the network is fed, pixels; rounded to its stride", low=8)
@@ -176,7 +177,7 @@ _FINETUNE = {
     "learning_rate": 2e-4, "ema": 0.99,
 }
 # fmt: on
-_TINY = {**_FAST, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36}
+_TINY = {**_GENERAL, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}}
 _QUICK = {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240}
 PRESETS = {
     "notebook": Preset(
@@ -191,7 +192,7 @@ PRESETS = {
         "any camera, from several datasets: fast with a full-resolution path and a style of labelling for each dataset",
         _GENERAL,
     ),
-    "tiny": Preset("old machines, large archives: fast with 67,041 parameters", _TINY),
+    "tiny": Preset("old machines, large archives: general with a ninth of the parameters", _TINY),
     "finetune": Preset(
         "one more camera, from a few of its images: the pretrained weights general, low rate, short schedule", _FINETUNE
     ),

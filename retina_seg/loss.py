@@ -50,6 +50,17 @@ def dice_bce_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tenso
     return dice + F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over styles of `dice_bce_loss` against the probabilities of a teacher (arXiv 1503.02531): a scalar from 0 on.
+
+    Both are logits (N, styles, H, W). Raises `ValueError`: the shapes differ.
+    """
+    if logits.shape != teacher.shape:
+        raise ValueError(f"logits {[*logits.shape]} and the teacher's {[*teacher.shape]} differ in shape")
+    styles = zip(logits.unbind(1), torch.sigmoid(teacher.float()).unbind(1), strict=True)
+    return torch.stack([dice_bce_loss(ours, targets) for ours, targets in styles]).mean()
+
+
 class DiceLoss(nn.Module):
     """`dice_loss` as a module, called as the original's: `loss(logits, targets, smooth=1)`."""
 

@@ -63,7 +63,7 @@ def _facts(image: np.ndarray, fov: np.ndarray, probability: np.ndarray, vessels:
     return {
         "diameter": diameter,
         "lit": fov.mean(),
-        "dark": (image[inside].max(axis=1) < 32).mean(),
+        "dark": (np.max(cv2.split(image), axis=0)[inside] < 32).mean(),
         "clipped": (green[inside] >= 250).mean(),
         "contrast": middle / max(green[inside].mean(), 1),
         "detail": fine / max(coarse, 0.1),  # structures of 1 pixel against those of 4 to 8

@@ -12,7 +12,7 @@ from retina_seg.checkpoint import LAST, find_weights, load_checkpoint, load_mode
 from retina_seg.config import TrainConfig
 from retina_seg.sets.files import Data
 from retina_seg.sets.layout import Pair, check_apart, list_pairs
-from retina_seg.transforms import ResizeFrame
+from retina_seg.transforms import Frame, ResizeFrame
 from retina_seg.utils import UserError, read_csv, read_json, user_path, without_nan
 
 
@@ -86,6 +86,21 @@ def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
     if config.threshold == "fixed":
         changes["threshold"] = str(notes.get("threshold", 0.5))
     return dataclasses.replace(config, **changes), model
+
+
+def load_teacher(name: str, frame: Frame, datasets: Sequence[str]) -> nn.Module:
+    """The network of the weights `name`, which gives logits in the style of each of `datasets`, in evaluation mode.
+
+    Raises `UserError`: as `load_model`; weights of another working frame than `frame`.
+    """
+    try:
+        model, notes = load_model(name, datasets or None)
+    except UserError as error:
+        raise UserError(f"--teacher {name}: {error}") from None
+    theirs = notes.get("frame") or ResizeFrame().to_dict()
+    if theirs != frame.to_dict():
+        raise UserError(f"--teacher {name}: is used in the working frame {theirs}, this training in {frame.to_dict()}")
+    return model
 
 
 def held_out_pairs(run: str | Path, data: Data | Sequence[Data]) -> list[Pair]:

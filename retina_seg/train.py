@@ -21,10 +21,10 @@ from retina_seg.config import TrainConfig
 from retina_seg.device import autocast, choose_precision, environment, memory_kept, out_of_memory, training_layout
 from retina_seg.distributed import World, set_epoch
 from retina_seg.fov import LARGEST_SIDE
-from retina_seg.loss import LOSSES
+from retina_seg.loss import LOSSES, distillation_loss
 from retina_seg.model import DEFAULT_STRIDE, build_model, count_parameters
 from retina_seg.optim import EMA, learning_rate_factor, make_optimizer
-from retina_seg.runs import check_run_folder, start_from
+from retina_seg.runs import check_run_folder, load_teacher, start_from
 from retina_seg.sets.layout import Pair, check_apart, check_masks, list_pairs
 from retina_seg.styles import AUTO, GROUPS, measure_styles, of_style
 from retina_seg.transforms import Augmentation, FovFrame, Frame, ResizeFrame
@@ -48,6 +48,7 @@ def train(
     precision: torch.dtype = torch.float32,
     clip: float = 0.0,
     after_step: Callable[[], None] | None = None,
+    teacher: nn.Module | None = None,
 ) -> float:
     """One pass of training over `loader`, as in the original.
 
@@ -58,6 +59,7 @@ def train(
         precision: bfloat16 runs the network under autocast; the loss is always float32.
         clip: largest norm of the gradient, 0 for none.
         after_step: called after every step (schedule, EMA).
+        teacher: a network whose predictions are learned too: `distillation_loss` is added.
 
     Returns the mean loss over batches. Raises `ValueError`: the loader is empty.
     `NotFinite`: loss or gradient is not finite; the weights are those before the step.
@@ -69,8 +71,12 @@ def train(
         images, masks = (batch.to(device, non_blocking=True) for batch in (images, masks))
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, precision):
-            logits = of_style(model(images), *style)
-        loss = loss_fn(logits, masks)
+            logits = model(images)
+        loss = loss_fn(of_style(logits, *style), masks)
+        if teacher is not None:
+            with torch.no_grad(), autocast(device, precision):
+                taught = teacher(images)
+            loss = loss + distillation_loss(logits, taught)
         loss.backward()
         losses.append(loss.detach())
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
@@ -280,7 +286,11 @@ class _Loop:
         self.config, self.opened, self.device, self.world = config, opened, device, world
         self.folder = Path(config.output)
         self.precision = choose_precision(config.precision, device)
-        self.model = model.to(device, memory_format=training_layout(device, self.precision))  # type: ignore[call-overload]
+        layout: Any = training_layout(device, self.precision)
+        self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.teacher = load_teacher(config.teacher, opened.frame, opened.datasets) if config.teacher else None
+        if self.teacher:
+            self.teacher.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.parallel = world.parallel(self.model, device)
         self.optimizer = make_optimizer(model, config)
         self.ema = EMA(model, config.ema) if config.ema and world.is_main else None
@@ -337,7 +347,7 @@ class _Loop:
 
         step = (self.parallel, self.loader, self.optimizer, self.loss_fn, self.device, self.precision, config.clip)
         try:
-            train_loss = train(*step, after_step)
+            train_loss = train(*step, after_step, self.teacher)
         except NotFinite as error:
             remedy = "train anew with a lower --learning-rate, or look at the masks (retina-seg check)"
             raise NotFinite(f"epoch {state['epoch'] + 1}: {error}; the epochs before it are saved; {remedy}") from None

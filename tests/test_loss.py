@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from retina_seg import loss
-from retina_seg.loss import LOSSES, DiceBCELoss, DiceLoss, dice_bce_loss, dice_loss
+from retina_seg.loss import LOSSES, DiceBCELoss, DiceLoss, dice_bce_loss, dice_loss, distillation_loss
 
 
 def original_dice(logits, targets, smooth=1.0):
@@ -100,3 +100,15 @@ def test_another_shape_is_refused_even_where_it_would_broadcast(function):
 def test_the_examples_in_the_docstrings_hold_and_the_registry_names_the_functions():
     assert doctest.testmod(loss) == (0, 4)
     assert (LOSSES["dice"], LOSSES["dice_bce"]) == (dice_loss, dice_bce_loss)
+
+
+def test_distillation_is_the_mean_over_styles_of_the_loss_against_the_teachers_probabilities():
+    logits, teacher = torch.zeros(1, 2, 1, 2), torch.tensor([[[[0.0, 0.0]], [[math.log(3), -math.log(3)]]]])
+    # p = 1/2; targets 1/2, 1/2, and 3/4, 1/4: sums of targets and of products are 1 and 1/2 in both styles
+    expected = 1 - (2 * 0.5 + 1) / (1 + 1 + 1) + math.log(2)
+    assert distillation_loss(logits, teacher).item() == pytest.approx(expected)
+    logits.requires_grad_()
+    distillation_loss(logits, teacher).backward()
+    assert logits.grad[0, 1, 0, 0] < 0 < logits.grad[0, 1, 0, 1]  # towards the teacher
+    with pytest.raises(ValueError, match="differ in shape"):
+        distillation_loss(logits[:, :1], teacher)

@@ -1,6 +1,7 @@
 """Training: one pass worked by hand, the loop and its folder, selection, splits that never leak."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -26,9 +27,10 @@ from retina_seg.images import read_image, read_mask, write_image
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.loss import DiceBCELoss, dice_bce_loss
 from retina_seg.model import attention_unet
+from retina_seg.runs import load_teacher
 from retina_seg.sets.layout import check_masks, load_with_fov
 from retina_seg.train import NotFinite, evaluate, fit, split_set, train
-from retina_seg.transforms import frame_from_dict
+from retina_seg.transforms import frame_from_dict, to_tensor
 from retina_seg.utils import UserError, read_csv, seeding
 
 
@@ -216,6 +218,36 @@ def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     assert notes["threshold_from"] == "validation" and len(notes["state_dict"]["fine.1.bias"]) == 2
     with pytest.raises(UserError, match="--style thin: choose one of auto, balanced, fine, bold, all, tiny"):
         fit(dataclasses.replace(config, style="thin", output=str(tmp_path / "other")), progress=False)
+    # as a teacher it gives each dataset's logits, in the order of the datasets
+    teacher = load_teacher(str(run.folder), frame_from_dict(notes["frame"]), ["tiny", "all"])
+    with torch.no_grad():
+        taught = torch.sigmoid(teacher(to_tensor(image[:64, :64])[None])).mean((0, 2, 3))
+    assert taught[1] > taught[0] + 0.01
+    student = dataclasses.replace(config, teacher=str(run.folder), epochs=1, output=str(tmp_path / "student"))
+    alone = dataclasses.replace(student, teacher=None, output=str(tmp_path / "alone"))
+    losses = [fit(one, progress=False).history[0]["train_loss"] for one in (student, alone)]
+    assert losses[0] > losses[1] + 0.1  # the teacher's loss is added
+    shutil.copytree(tiny_set, tmp_path / "other")
+    frame, unknown = {"fov_diameter": 70.0, "style": "auto"}, {"data": [str(tmp_path / "other")], "style": "auto"}
+    for change, said in ((frame, "is used in the working frame"), (unknown, "--style other: ")):
+        with pytest.raises(UserError, match=f"--teacher .*{said}"):
+            fit(dataclasses.replace(student, **change, output=str(tmp_path / "refused")), progress=False)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_teachers_predictions_are_learned_beside_the_masks():
+    torch.manual_seed(0)
+    model, teacher = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1).requires_grad_(False)
+    images, masks, style = torch.rand(2, 3, 4, 4), torch.randint(0, 2, (2, 1, 4, 4)).float(), torch.tensor([1, 0])
+    expected = copy.deepcopy(model)
+    logits, taught = expected(images), teacher(images)
+    loss = dice_bce_loss(torch.stack([logits[0, 1:], logits[1, :1]]), masks)
+    loss = loss + sum(dice_bce_loss(logits[:, i], torch.sigmoid(taught[:, i])) for i in (0, 1)) / 2
+    loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    result = train(model, [(images, masks, style)], optimizer, dice_bce_loss, "cpu", teacher=teacher)
+    assert result == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(model.weight, expected.weight - 0.1 * expected.weight.grad, atol=1e-6)
 
 
 def test_the_styles_images_count_by_their_own_logits_alone():
