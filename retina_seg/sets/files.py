@@ -74,11 +74,8 @@ def find_set(data: Data) -> Root:
         return data
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; {TREE}")
-    found = topmost(data, part_folders)
-    if len(found) > 1:
-        raise UserError(f"{data}: holds several datasets ({', '.join(map(str, found[:3]))}); name one of them")
-    if found:
-        return found[0]
+    if found := find_folder(data, part_folders, "several datasets"):
+        return found
     raise UserError(f"{data}: has no train/image or test/image folder, nor another layout that is known; {TREE}")
 
 
@@ -90,10 +87,13 @@ def folder_levels(top: Path, count: int) -> Iterator[list[Path]]:
         level = [below for folder in level for below in visible(folder) if below.is_dir()]
 
 
-def topmost(top: Path, known: Callable[[Path], object]) -> list[Path]:
-    """The folders that are `known`, of the first level of `top` that has any, up to three levels below it."""
+def find_folder(top: Path, known: Callable[[Path], object], several: str) -> Path | None:
+    """The folder that is `known`: `top`, else one up to three levels below it. Raises `UserError`: a level has `several`."""
     levels = ([folder for folder in level if known(folder)] for level in folder_levels(top, 4))
-    return next(filter(None, levels), [])
+    found = next(filter(None, levels), [])
+    if len(found) > 1:
+        raise UserError(f"{top}: holds {several} ({', '.join(map(str, found[:3]))}); name one of them")
+    return found[0] if found else None
 
 
 def _plain(name: str) -> str:

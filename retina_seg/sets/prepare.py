@@ -19,7 +19,7 @@ from tqdm import tqdm
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.images import IMAGE_SUFFIXES, read_image, read_mask, visible, write_image
 from retina_seg.sets import atomic_folder
-from retina_seg.sets.files import KINDS, PARTS, folder_levels, topmost
+from retina_seg.sets.files import KINDS, PARTS, find_folder, folder_levels
 from retina_seg.sets.layout import check_size
 from retina_seg.utils import UserError, create_dir, natural_key, user_path, write_csv
 
@@ -46,7 +46,7 @@ class RawSet:
 
 
 # fmt: off
-_TABLE = (
+SETS = {raw.name.lower(): raw for raw in (
     RawSet("DRIVE", 40, "{training,test}/images/21_training.tif, 1st_manual/21_manual1.gif, mask/21_training_mask.gif",
            r"(?P<folder>training|test)/images/(?P<number>\d+)_(?P=folder)", "{folder}/1st_manual/{number}_manual1",
            "{folder}/mask/{number}_{folder}_mask", "{folder}/2nd_manual/{number}_manual2"),
@@ -65,9 +65,8 @@ _TABLE = (
            "{folder}masks?/{name}(_mask)?"),
     RawSet("FIVES", 800, "{train,test}/Original/1_A.png, {train,test}/Ground truth/1_A.png",
            r"(?P<folder>train|test)/Original/(?P<name>\d+_[A-Z])", "{folder}/Ground[ _]?truth/{name}"),
-)
+)}
 # fmt: on
-SETS = {raw.name.lower(): raw for raw in _TABLE}
 
 
 @dataclass
@@ -89,13 +88,10 @@ def list_raw(raw: RawSet, source: str | Path) -> list[RawImage]:
     if not source.is_dir():
         state = "is no folder; unpack the archive first" if source.exists() else "no such folder"
         raise UserError(f"{source}: {state}; give the folder {raw.name} was unpacked to")
-    found = topmost(source, lambda folder: _images_in(raw, folder))
-    if len(found) > 1:
-        names = ", ".join(map(str, found[:3]))
-        raise UserError(f"{source}: holds {raw.name} several times ({names}); name one of them")
-    if not found:
+    found = find_folder(source, lambda folder: _images_in(raw, folder), f"{raw.name} several times")
+    if found is None:
         raise UserError(f"{source}: does not hold {raw.name} as published ({raw.layout}); check images and masks")
-    images = _images_in(raw, found[0])
+    images = _images_in(raw, found)
     labelled = [image for image in images if "mask" in image.files]
     folders = {image.groups.get("folder") for image in labelled}  # DRIVE's site gives no test masks
     for image in images:
