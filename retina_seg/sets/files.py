@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -127,14 +128,16 @@ def list_parts(root: Root) -> list[str]:
     """The parts of the dataset `root`: "train" and "test", or `ALL` alone."""
     if isinstance(root, dict):
         return [ALL]
-    return list(dict.fromkeys(row["part"] for row in pair_rows(root)) if root.is_file() else part_folders(root))
+    return list(_collect_rows(root) if root.is_file() else part_folders(root))
 
 
 def collect_files(root: Root, part: str) -> PartFiles:
     """The files of one part of the dataset `root`, by kind and image's name in natural order, with all problems found."""
     found = PartFiles()
     if isinstance(root, Path) and root.is_file():
-        _collect_rows(root, part, found)
+        parts = _collect_rows(root)
+        missing = f"{root}: has no row of the part {part}; add some, or leave the column part out"
+        found = parts.get(part) or parts.get(ALL) or PartFiles(problems=[missing])
     elif isinstance(root, dict):
         _collect_patterns(root, found)
         _match(found)
@@ -223,48 +226,42 @@ def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
         found.add(kind, paths)
 
 
-def pair_rows(table: Path) -> list[dict[str, str]]:
-    """The rows of a list of pairs, all columns filled in. Raises `UserError`: no such table, or a row that cannot be."""
+def _collect_rows(table: Path) -> dict[str, PartFiles]:
+    """The parts of a list of pairs. Raises `UserError`: no such table, or a row that cannot be."""
     columns = ("part", *KINDS, "photo", "subject", "name")
     # Windows writes paths with \
     rows = [{k: (row.get(k) or "").strip().replace("\\", "/") for k in columns} for row in read_csv(table, KINDS[:2])]
     rows = [row for row in rows if any(row.values())]
+    if not rows:
+        raise UserError(f"{table}: holds no pairs; add rows of image and mask")
     parted = any(row["part"] for row in rows)
+    parts: dict[str, PartFiles] = defaultdict(PartFiles)
+    uses: dict[tuple[str, Path], str] = {}  # by part and file
     for row in rows:
         if not (row["image"] and row["mask"]):
             raise UserError(f"{table}: {row['image'] or row['mask'] or 'a row'} has no partner; complete or remove it")
         part = next((part for part, names in _PARTS.items() if _plain(row["part"]) in names), None) if parted else ALL
         if part is None:
             raise UserError(f"{table}: {row['image']} is in the part {row['part']!r}; give each row train or test")
-        row |= {"part": part, "name": row["name"] or Path(row["image"]).stem}
-        row["photo"] = row["photo"] or row["name"]
-        row["subject"] = row["subject"] or row["photo"]
-        if "/" in row["name"] or row["name"].startswith("."):
-            raise UserError(f"{table}: the name {row['name']} must be no path; results are written under it")
-    if not rows:
-        raise UserError(f"{table}: holds no pairs; add rows of image and mask")
-    return rows
-
-
-def _collect_rows(table: Path, part: str, found: PartFiles) -> None:
-    uses: dict[Path, str] = {}
-    rows = [row for row in pair_rows(table) if row["part"] in (part, ALL)]
-    if not rows:
-        found.problems.append(f"{table}: has no row of the part {part}; add some, or leave the column part out")
-    for row in rows:
-        name = row["name"]
+        name = row["name"] or Path(row["image"]).stem
+        photo = row["photo"] or name
+        subject = row["subject"] or photo
+        if "/" in name or name.startswith("."):
+            raise UserError(f"{table}: the name {name} must be no path; results are written under it")
+        found = parts[part]
         if name in found.files["image"]:
             found.problems.append(f"{table}: two images are called {name}; tell them apart in a column name")
-        if (row["photo"], row["subject"]) != (name, name):
-            found.photos[name] = (row["photo"], row["subject"])
+        if (photo, subject) != (name, name):
+            found.photos[name] = (photo, subject)
         for kind in filter(row.get, KINDS):
             path = table.parent / user_path(row[kind])
             if not path.is_file():
                 found.problems.append(f"{path}: no such file, but {table} names it; correct the row")
-            use = f"{kind} of {row['photo' if kind == 'mask' else 'name']}"
-            if kind in ("image", "mask") and uses.setdefault(path, use) != use:
-                found.problems.append(f"{path}: is the {uses[path]} and the {use} in {table}; correct the row")
+            use = f"{kind} of {photo if kind == 'mask' else name}"
+            if kind in ("image", "mask") and (first := uses.setdefault((part, path), use)) != use:
+                found.problems.append(f"{path}: is the {first} and the {use} in {table}; correct the row")
             found.files[kind][name] = path
+    return parts
 
 
 def match_names(images: Sequence[str], masks: Sequence[str]) -> dict[str, str]:
