@@ -7,7 +7,6 @@ every set in `SETS`, and writes fields of view, second observers and `photos.csv
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,7 +252,6 @@ def prepare_set(
         print(f"{raw.name}: {len(labelled)} images with a mask found, the complete set has {raw.total}")
     augment = raw.name == "DRIVE" and side == SIZE
     rows: list[dict[str, object]] = []
-    counts: Counter[str] = Counter()  # images by part
     with atomic_folder(destination) as folder:
         for image in tqdm(labelled, desc=raw.name, unit="image", disable=not progress):
             part = image.part if split == "usual" else split
@@ -261,11 +259,10 @@ def prepare_set(
             subject, source_name = image.groups.get("subject", image.name), image.files["image"].name
             for k, pixels in enumerate(_variants(image, side, many, seed)):
                 file = f"{image.name}_{k}" if many else image.name
-                if augment and split == "usual":
-                    file = str(4 * counts[part] + k if many else counts[part])
+                if augment and split == "usual":  # numbered from 0 in each part
+                    file = str(sum(row["part"] == part for row in rows))
                 for kind, array in pixels.items():
                     write_image(create_dir(folder / part / kind) / f"{file}.png", array)
                 rows.append(dict(zip(COLUMNS, (part, file, image.name, subject, k, source_name), strict=True)))
-            counts[part] += 1
         write_csv(folder / "photos.csv", COLUMNS, rows)
     return destination
