@@ -11,7 +11,7 @@ harmonic mean of the share of the predicted centre line inside the mask and of t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -87,16 +87,15 @@ def ranking_scores(mask: np.ndarray, score: np.ndarray) -> tuple[float, float]:
     return area, float(np.mean(tp / (tp + background.size - below))) if vessel.size else math.nan
 
 
-class RankingHistogram:
+@dataclass(eq=False)
+class RankingHistogram(_Additive):
     """The pixels of any number of images in 4,096 bins of the predicted log-odds, from -16 to 16, evenly mixed in a bin.
 
     `counts`: (2, 4096) int64: background, vessel.
     """
 
     BINS, LIMIT = 4096, 16.0
-
-    def __init__(self) -> None:
-        self.counts = np.zeros((2, self.BINS), np.int64)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((2, RankingHistogram.BINS), np.int64))
 
     def add(self, mask: np.ndarray, probability: np.ndarray) -> None:
         """Add the pixels of an image: ground truth bool, and probability float in [0, 1], of one shape."""
@@ -212,9 +211,7 @@ class SetScores:
     @property
     def ranking(self) -> RankingHistogram:
         """The pixels of all images, pooled."""
-        pooled = RankingHistogram()
-        pooled.counts += sum(image.ranking.counts for image in self.images)
-        return pooled
+        return sum((image.ranking for image in self.images), RankingHistogram())
 
     def summary(self) -> dict[str, dict]:
         """ "mean" and "std" over images, "pooled" over pixels, "ci95" of the means of F1 and AUC: as in metrics.json."""
@@ -248,13 +245,8 @@ def threshold_scores(mask: np.ndarray, probability: np.ndarray) -> dict[str, np.
     Returns "f1", "recall", "precision", "accuracy": (99,) float64 in [0, 1] for `THRESHOLDS`; NaN where undefined.
     """
     vessel, background = np.sort(probability[mask]), np.sort(probability[~mask])
-    tp = vessel.size - np.searchsorted(vessel, THRESHOLDS, "right")
-    fp = background.size - np.searchsorted(background, THRESHOLDS, "right")
-    fn = vessel.size - tp
-    with np.errstate(invalid="ignore"):
-        return {
-            "f1": 2 * tp / (2 * tp + fp + fn),
-            "recall": tp / vessel.size,
-            "precision": tp / (tp + fp),
-            "accuracy": (mask.size - fp - fn) / mask.size,
-        }
+    # at or below each threshold: false negatives, true negatives
+    fn, tn = (np.searchsorted(pixels, THRESHOLDS, "right").tolist() for pixels in (vessel, background))
+    counts = [Counts(vessel.size - n, background.size - t, n, t) for n, t in zip(fn, tn, strict=True)]
+    rows = list(map(scores_from_counts, counts))
+    return {name: np.array([row[name] for row in rows]) for name in ("f1", "recall", "precision", "accuracy")}
