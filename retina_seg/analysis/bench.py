@@ -40,9 +40,8 @@ from retina_seg.visualize import strip
 BASELINE, KEPT, SAME = "baseline", "baseline, memory kept", "same weights"
 WEIGHTS = ("drive", "tiny", "general")
 Call = Callable[[], Any]
-Task = tuple[
-    str, int, dict[str, Call], Callable[[], Call]
-]  # name, images of a call, calls by name, what makes the baseline's
+# name, images of a call, calls by name, what makes the baseline's
+Task = tuple[str, int, dict[str, Call], Callable[[], Call]]
 
 
 def bench(
@@ -117,14 +116,12 @@ def measure(task: Task, device: torch.device, rounds: int, progress: bool) -> li
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process, memory_kept():
         timers: dict[str, Callable[[], float]] = {BASELINE: lambda: process.submit(timed, baseline).result()}
         timers |= {name: partial(timed, partial(calls.__getitem__, name)) for name in calls}
-        seconds: dict[str, list[float]] = {name: [] for name in timers}
-        for name in tqdm(list(timers) * (rounds + 1), f"{title}, {device}", disable=not progress):
-            seconds[name].append(timers[name]() / images)
+        turns = tqdm(list(timers.values()) * (rounds + 1), f"{title}, {device}", disable=not progress)
+        seconds = np.reshape([timer() / images for timer in turns], (rounds + 1, len(timers)))
+    lows, medians, highs = np.quantile(seconds[1:], (0.25, 0.5, 0.75), axis=0).tolist()
     rows = []
-    for name, values in seconds.items():
-        low, median, high = np.quantile(values[1:], (0.25, 0.5, 0.75)).tolist()
-        ratio = float(np.median(seconds[BASELINE][1:])) / median
-        row = {"task": title, "name": name, "median": median, "quartiles": [low, high], "ratio": ratio}
+    for name, low, median, high in zip(timers, lows, medians, highs, strict=True):
+        row = {"task": title, "name": name, "median": median, "quartiles": [low, high], "ratio": medians[0] / median}
         rows.append(row | {"rounds": rounds, "device": str(device)})
     return rows
 
