@@ -6,14 +6,14 @@ import base64
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from retina_seg.inference.batch import SAVES
-from retina_seg.utils import atomic_write, read_text, user_path
+from retina_seg.utils import read_text, user_path, write_text
 
 EMBEDDED = 200  # images; the previews of more are not in the page but beside it
 HIDDEN = ("input", "size", "mtime_ns", "made_with", "seconds")
@@ -41,15 +41,12 @@ def write_report(output: str | Path, settings: Mapping[str, Any]) -> Path:
 
     names = [name for name in dict.fromkeys((*FIRST, *(name for row in rows for name in row))) if name not in HIDDEN]
     shown = [{name: row.get(name) for name in names} | {"preview": source(row["name"])} for row in rows]
-    columns = [
-        {
-            "name": name,
-            "title": name.replace("_", " "),
-            "number": _is_number(shown, name),
-            "chart": name not in NO_MEASURES,
-        }
-        for name in names
-    ]
+    columns = []
+    for name in names:
+        values = [row[name] for row in shown if row[name] is not None]
+        column = {"name": name, "title": name.replace("_", " ")}
+        column["number"] = bool(values) and all(isinstance(value, (int, float)) for value in values)
+        columns.append(column | {"chart": name not in NO_MEASURES})
     grades = Counter(row["gradable"] for row in shown if row.get("gradable"))
     counts = f"{len(rows)} images" + "".join(f", {grades[grade]} gradable: {grade}" for grade in grades)
     settings = {"made with": "; ".join(sorted({str(row["made_with"]) for row in rows})), **settings}
@@ -57,12 +54,5 @@ def write_report(output: str | Path, settings: Mapping[str, Any]) -> Path:
     template = files("retina_seg.analysis").joinpath("report.html").read_text(encoding="utf-8")
     # in a page, "</script>" would end the data
     page = template.replace("DATA", json.dumps(data, ensure_ascii=True).replace("<", "\\u003c"))
-    with atomic_write(path := output / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path := output / "report.html", page)
     return path
-
-
-def _is_number(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether the column `name` has numbers, and only numbers and empty cells."""
-    values = [row[name] for row in rows if row[name] is not None]
-    return bool(values) and all(isinstance(value, (int, float)) for value in values)
