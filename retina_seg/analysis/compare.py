@@ -16,13 +16,11 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
     """What `metrics.json` of the folder `run` (or the file itself) holds. Raises `UserError`: no scores."""
     path = user_path(run) / "metrics.json" if user_path(run).is_dir() else user_path(run)
     value = read_json(path) if path.exists() else {}
-
-    def is_sound(region: str) -> bool:
-        statistics = [value[region][what] for what in ("mean", "std", "pooled", "ci95")]
-        return all("f1" in scores for scores in (*statistics, *(image[region] for image in value["images"])))
-
+    statistics = ("mean", "std", "pooled", "ci95")
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # none, or those of another version
-        if value["images"] and value["protocol"].keys() and all(map(is_sound, visualize.REGION_NAMES)):
+        scores = [value[region][what] for region in visualize.REGION_NAMES for what in statistics]
+        scores += [image[region] for region in visualize.REGION_NAMES for image in value["images"]]
+        if value["images"] and value["protocol"].keys() and all("f1" in one for one in scores):
             return value
     raise UserError(f"{path}: holds no scores; write them with retina-seg test")
 

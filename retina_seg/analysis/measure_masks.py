@@ -77,10 +77,8 @@ def measure_masks(
         rows.append(row)
     columns = list(dict.fromkeys([*FIRST, *(column for row in sorted(rows, key=len, reverse=True) for column in row)]))
     table = agreement_table(rows[: len(paths)], rows[len(paths) :], columns[len(FIRST) :]) if others else []
-    alone = {name: path for name, path in found.items() if path not in others.values()}
-    rows += [
-        {"name": name, "input": str(path), "status": "has no mask to compare with"} for name, path in alone.items()
-    ]
+    alone = [(name, path) for name, path in found.items() if path not in others.values()]
+    rows += [{"name": name, "input": str(path), "status": "has no mask to compare with"} for name, path in alone]
     create_dir(output.parent)
     write_csv(output, columns, rows)
     if others:
