@@ -139,12 +139,7 @@ def baseline_forward(network: nn.Module, size: int, device: torch.device) -> Cal
     """The original's forward pass."""
     eager = copy.deepcopy(network).to(device).eval()
     image = image_batch(synthetic_image(0, size, size).image, device).contiguous()  # as the original's loader gives it
-
-    def once() -> None:
-        with torch.no_grad():
-            torch.sigmoid(eager(image)).cpu()
-
-    return once
+    return torch.no_grad()(lambda: torch.sigmoid(eager(image)).cpu())
 
 
 def baseline_test(network: nn.Module, pairs: list[Pair], folder: Path, device: torch.device) -> Call:

@@ -42,7 +42,7 @@ def measure_masks(
         against: folder of other masks of the same images, measured in the same fields of view. Their rows follow in the table,
             and `<output>_agreement.csv` has a row for each measure (`agreement.agreement`).
 
-    Files belong together by their names (`names.match_names`). "status" is `DONE`, or what is wrong with the mask.
+    Files belong together by their names (`sets.files.match_names`). "status" is `DONE`, or what is wrong with the mask.
 
     Raises `UserError`: no masks; a bad option, table or folder; nothing in `fov`, `discs` or `against` fits the masks.
     """

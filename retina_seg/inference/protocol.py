@@ -22,14 +22,13 @@ class Protocol:
     """How images are scored. Scores are given over the frame and in the field of view, whatever `region` is."""
 
     size: tuple[int, int] | None  # (height, width) that image and mask are resized to; None: the image's own
-    region: str  # "frame" or "fov" (field of view): what thresholds are chosen on
-    everywhere: bool  # whether the prediction is kept outside the field of view; else it is 0 there
+    region: str  # "frame" or "fov" (field of view), outside which the prediction is 0: what thresholds are chosen on
     threshold: float | None  # the protocol's own; None: the checkpoint's
 
 
 PROTOCOLS = {
-    "notebook": Protocol((512, 512), "frame", everywhere=True, threshold=0.5),  # aspect ratio not kept
-    "native": Protocol(None, "fov", everywhere=False, threshold=None),
+    "notebook": Protocol((512, 512), "frame", threshold=0.5),  # aspect ratio not kept
+    "native": Protocol(None, "fov", threshold=None),
 }
 
 
@@ -86,7 +85,7 @@ def predict_pairs(
         mask, fov, *second = (array > 127 for array in masks)
         start = time.perf_counter()
         try:
-            probability = segmenter(image, known, everywhere=protocol.everywhere)
+            probability = segmenter(image, known, everywhere=protocol.region == "frame")
         except UserError as error:
             raise UserError(f"{pair.image}: {error}") from None
         seconds = time.perf_counter() - start
