@@ -29,6 +29,7 @@ ZONES = {"zone_b_": (1.0, 1.5), "zone_c_": (1.0, 2.5)}  # disc diameters from th
 PARTS = np.rint(2 ** np.arange(2, 13, 0.5)).astype(int)  # boxes along the mask's longer side, of 2 pixels or more
 Measurements = dict[str, float | None]
 Found = dict[str, float]  # in pixels; NaN where undefined
+Regions = dict[str, tuple[np.ndarray, float | None]]  # see `_regions`
 
 
 def measure(
@@ -78,11 +79,9 @@ def measure(
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _regions(
-    fov: np.ndarray, quadrants: bool, disc: Sequence[float] | None
-) -> dict[str, tuple[np.ndarray, float | None]]:
+def _regions(fov: np.ndarray, quadrants: bool, disc: Sequence[float] | None) -> Regions:
     """Prefix of a name -> a part of `fov` (H, W) bool; and of a zone its whole area, in pixels."""
-    regions: dict[str, tuple[np.ndarray, float | None]] = {"": (fov, None)}
+    regions: Regions = {"": (fov, None)}
     height, width = fov.shape
     y, x = np.ogrid[:height, :width]
     if quadrants:  # a line in the middle belongs to both sides

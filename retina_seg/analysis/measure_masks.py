@@ -128,9 +128,8 @@ def _measure_file(path: Path, field: Path | None, pixel_size: float | None, disc
     fov = np.ones(grey.shape, bool) if field is None else read_mask(field) > 127
     if fov.shape != grey.shape:
         raise UserError(f"differs in size from its field of view {field}")
-    if disc is not None and not (
-        0 <= disc[0] < grey.shape[1] and 0 <= disc[1] < grey.shape[0] and 0 < disc[2] < min(grey.shape)
-    ):
+    height, width = grey.shape
+    if disc is not None and not (0 <= disc[0] < width and 0 <= disc[1] < height and 0 < disc[2] < min(grey.shape)):
         raise UserError("its optic disc does not lie in the image: {:g}, {:g}, diameter {:g}".format(*disc))
     vessels = grey > 127
     share = vessels[fov].mean() if fov.any() else 0
@@ -138,5 +137,5 @@ def _measure_file(path: Path, field: Path | None, pixel_size: float | None, disc
         raise UserError(f"calls {100 * share:.0f} % vessel; is it inverted? If so, invert it")
     remarks = [remark, "has grey levels: vessel is above 127" * bool(between > 0.2 * lit), WHOLE * (field is None)]
     remarks += ["the field of view is empty" * (not fov.any()), "no vessel" * bool(fov.any() and share == 0)]
-    row = {"remark": "; ".join(filter(None, remarks)), "width": grey.shape[1], "height": grey.shape[0]}
+    row = {"remark": "; ".join(filter(None, remarks)), "width": width, "height": height}
     return row | measure(vessels, fov, pixel_size, disc)
