@@ -349,7 +349,7 @@ class _Loop:
         try:
             train_loss = train(*step, after_step, self.teacher)
         except NotFinite as error:
-            remedy = "train anew with a lower --learning-rate, or look at the masks (retina-seg check)"
+            remedy = "lower --learning-rate, take --precision float32, or look at the masks (retina-seg check)"
             raise NotFinite(f"epoch {state['epoch'] + 1}: {error}; the epochs before it are saved; {remedy}") from None
         row = {"epoch": state["epoch"] + 1, "train_loss": train_loss}
         row |= {"validation_loss": math.nan, "validation_f1": math.nan}
