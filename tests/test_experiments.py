@@ -182,7 +182,7 @@ def test_logits_and_vessels_agree_with_the_probability() -> None:
     logits, probability = segmenter.logits(image), segmenter(image)
     np.testing.assert_allclose(1 / (1 + np.exp(-logits)), probability, atol=1e-6)
     assert (segmenter.vessels(image) == (probability > segmenter.threshold)).all()
-    assert "67,041 parameters" in repr(segmenter)
+    assert "67,114 parameters" in repr(segmenter)
 
 
 def test_changed_weights_are_seen_at_once() -> None:
