@@ -4,7 +4,6 @@ A kind is tried with one command, and every command with several kinds: `CASES`.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -12,13 +11,11 @@ import shutil
 import subprocess
 import sys
 from functools import cache
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, png
-from PIL import Image
+from conftest import call, encoded, failing, png, write
 from test_checkpoint import Bomb
 from test_compare import scores
 
@@ -46,8 +43,8 @@ def works(kind, command, make):
 class Desk:
     """A folder to damage things in, with a sound dataset, run, checkpoint and image to start from."""
 
-    def __init__(self, folder, tiny_set, tiny_run):
-        self.folder, self.tiny_set, self.tiny_run = folder, tiny_set, tiny_run
+    def __init__(self, folder, tiny_set, tiny_run, monkeypatch):
+        self.folder, self.tiny_set, self.tiny_run, self.monkeypatch = folder, tiny_set, tiny_run, monkeypatch
         self.weights, self.odd, self.pth = tiny_run / "checkpoint.pth", folder / "odd", folder / "odd.pth"
 
     def set(self, name="set"):
@@ -56,13 +53,12 @@ class Desk:
     def raw(self):
         """CHASE_DB1 as published, two images of it."""
         for number, name in enumerate(("Image_01L", "Image_01R")):
-            write_image(made(self.folder / "raw") / f"{name}.jpg", drawn(number).image)
-            write_image(self.folder / "raw" / f"{name}_1stHO.png", drawn(number).mask)
+            write(self.folder / "raw" / f"{name}.jpg", drawn(number).image)
+            write(self.folder / "raw" / f"{name}_1stHO.png", drawn(number).mask)
         return self.folder / "raw"
 
     def images(self):
-        write_image(made(self.folder / "images") / "good.png", drawn(3).image)
-        return self.folder / "images"
+        return write(self.folder / "images/good.png", drawn(3).image).parent
 
     def checkpoint(self, **changes):
         """A checkpoint like the sound one but for `changes`."""
@@ -137,11 +133,9 @@ def damaged(command, where, damage):
 # -------------------------------------------------------------------------------------------------- images and datasets
 
 
-def encoded(ending, mode="RGB"):
+def sound(kind, mode=None):
     """A sound image of 96x96 as a file's bytes."""
-    file = io.BytesIO()
-    Image.fromarray(drawn(5).image).convert(mode).save(file, ending)
-    return file.getvalue()
+    return encoded(drawn(5).image, kind, mode)
 
 
 def replaced(content, suffix=".png"):
@@ -164,8 +158,8 @@ NO_IMAGE, DAMAGED, LARGE, NO_PAIR = "is not an image", "is damaged", "scale the 
 for kind, command, where, damage, line in (
     ("an empty file", "check", IMAGE, replaced(lambda: b""), NO_IMAGE),
     ("PostScript, which would be run", "train", IMAGE, replaced(lambda: EPS), NO_IMAGE),
-    ("a PNG cut short", "test", TEST, replaced(lambda: encoded("PNG")[:9000]), DAMAGED),
-    ("a JPEG cut short", "predict", "bad.jpg", replaced(lambda: encoded("JPEG")[:2000], ".jpg"), DAMAGED),
+    ("a PNG cut short", "test", TEST, replaced(lambda: sound("PNG")[:9000]), DAMAGED),
+    ("a JPEG cut short", "predict", "bad.jpg", replaced(lambda: sound("JPEG")[:2000], ".jpg"), DAMAGED),
     ("a PNG of 400 million pixels", "predict", "bad.png", replaced(BOMB), LARGE),
     ("a mask of another size", "check", MASK, NARROW, "1.png: is 60x96 but its image 96x96"),
     ("a mask of another size", "train", MASK, NARROW, "mask/1.png: is 60x96 but its image"),
@@ -179,8 +173,8 @@ for kind, command, where, damage, line in (
     case(kind, command, damaged(command, where, damage), line, 1 if command in ("check", "predict") else 2, leaves)
 
 for kind, command, where, damage in (
-    ("CMYK", "test", TEST, replaced(lambda: encoded("JPEG", "CMYK"), ".jpg")),
-    ("a palette, then rubbish", "check", IMAGE, replaced(lambda: encoded("GIF", "P") + bytes(5000), ".gif")),
+    ("CMYK", "test", TEST, replaced(lambda: sound("JPEG", "CMYK"), ".jpg")),
+    ("a palette, then rubbish", "check", IMAGE, replaced(lambda: sound("GIF", "P") + bytes(5000), ".gif")),
     ("masks of 0 and 1", "train", MASK, redrawn(lambda mask: mask // 255)),
     ("folders in a circle", "train", "train/again", lambda path: path.symlink_to(path.parents[1])),
 ):
@@ -293,17 +287,11 @@ for command, *options in (
 
 
 def full_disk(command, after):
-    """Makes arguments; from its `after`-th file on, there is no space left."""
+    """Makes arguments; after `after` files, there is no space left."""
 
     def make(desk):
-        arguments, real, calls = desk.command(command), os.replace, count()
-
-        def replace(*paths):
-            if next(calls) >= after:
-                raise OSError(28, "No space left on device")
-            return real(*paths)
-
-        desk.monkeypatch.setattr(os, "replace", replace)
+        arguments, full = desk.command(command), OSError(28, "No space left on device")
+        desk.monkeypatch.setattr(os, "replace", failing(os.replace, after, full))
         return arguments
 
     return make
@@ -319,7 +307,7 @@ def named(command, name, good):
     def make(desk):
         file, data = f"{os.fsdecode(name)}.png", desk.set()
         if command == "predict":
-            return desk.command(command, written(desk.images() / file, encoded("PNG") if good else b"x").parent)
+            return desk.command(command, written(desk.images() / file, sound("PNG") if good else b"x").parent)
         for kind in ("image", "mask", "fov"):
             path = data / ("test" if command == "test" else "train") / kind / "0.png"
             path.rename(path.with_name(file)) if good else written(path.with_name(file), b"x")
@@ -344,9 +332,7 @@ for command in ("check", "train", "predict", "test"):
 @pytest.fixture
 def desk(tmp_path, tiny_set, tiny_run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    desk = Desk(tmp_path, tiny_set, tiny_run)
-    desk.monkeypatch = monkeypatch
-    return desk
+    return Desk(tmp_path, tiny_set, tiny_run, monkeypatch)
 
 
 def there(folder):

@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 import pytest
+from conftest import call, failing, files, write
 from PIL import Image
-from torch import nn
+from test_segmenter import Dark
 
-from retina_seg import cli
 from retina_seg.checkpoint import find_weights, weights_id
 from retina_seg.fov import find_fov
-from retina_seg.images import read_image, read_mask, write_image
+from retina_seg.images import read_image, read_mask
 from retina_seg.inference import batch
 from retina_seg.inference.batch import COLUMNS, DONE, MEASURES, NUMBERS, OUTPUTS, SUMMARIES, predict_images
 from retina_seg.inference.segmenter import Segmenter
@@ -22,32 +22,22 @@ from retina_seg.utils import UserError, read_csv
 from retina_seg.visualize import OUTLINE
 
 
-class Dark(nn.Module):
-    """Predicts vessels where an image is dark; counts its calls."""
-
-    stride = 4
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return 10 * (0.4 - x.mean(dim=1, keepdim=True))
-
-
 @pytest.fixture
 def segmenter() -> Segmenter:
-    return Segmenter(Dark(), FovFrame(64.0), 0.4, device="cpu", precision="float32")
+    network = Dark()
+    network.level = 0.4
+    return Segmenter(network, FovFrame(64.0), 0.4, device="cpu", precision="float32")
 
 
-def write(path, seed=1, height=64):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_image(path, synthetic_image(seed, height, 72).image)
+def write_synthetic(path, seed=1, height=64):
+    write(path, synthetic_image(seed, height, 72).image)
 
 
 @pytest.fixture
 def images(tmp_path):
     """Three images and what a folder holds beside them."""
     for seed, name in enumerate(("a.png", "b.jpg", "below/c.tif")):
-        write(tmp_path / "images" / name, seed)
+        write_synthetic(tmp_path / "images" / name, seed)
     (tmp_path / "images/notes.txt").write_text("no image")
     (tmp_path / "images/.hidden.png").write_bytes(b"x")
     return tmp_path / "images"
@@ -55,10 +45,6 @@ def images(tmp_path):
 
 def run(segmenter, inputs, output, **options):
     return predict_images(segmenter, inputs, output, progress=False, **options)
-
-
-def files(folder) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def outputs(*names) -> set[str]:
@@ -88,13 +74,15 @@ def test_every_image_gets_its_outputs_and_a_row(segmenter, images, tmp_path):
 
 
 def test_a_second_run_does_only_what_is_new_or_changed(segmenter, images, tmp_path):
+    calls = []
+    segmenter.network.module.register_forward_hook(lambda *_: calls.append(1))
     run(segmenter, [images], tmp_path / "out")
     assert [row["skipped"] for row in run(segmenter, [images], tmp_path / "out")] == [True] * 3
-    assert segmenter.network.module.calls == 3
+    assert len(calls) == 3
     (tmp_path / "out/b_vessels.png").unlink()
-    write(images / "below/c.tif", 7)
+    write_synthetic(images / "below/c.tif", 7)
     os.utime(images / "below/c.tif", (1e9, 1e9))  # another image, older than its maps
-    write(images / "d.png")
+    write_synthetic(images / "d.png")
     table = [COLUMNS, *(row.values() for row in read_csv(tmp_path / "out/summary.csv", COLUMNS))]
     text = "\n".join(";".join(f'"{cell}"' for cell in cells) for cells in table)
     (tmp_path / "out/summary.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet saves it
@@ -138,7 +126,7 @@ def test_maps_of_other_weights_or_options_are_neither_kept_nor_mixed(segmenter, 
     ],
 )
 def test_lists_of_paths(segmenter, images, tmp_path, name, text, names):
-    write(tmp_path / "other/c.png")
+    write_synthetic(tmp_path / "other/c.png")
     (images / name).parent.mkdir(exist_ok=True)
     for encoding in ("utf-8-sig", "utf-16"):  # with a byte-order mark
         (images / name).write_text(text.replace("{images}", str(images)), encoding=encoding)
@@ -165,14 +153,14 @@ def test_lists_of_what_is_not_there(segmenter, images, tmp_path, name, text, sai
 def test_one_bad_file_never_stops_the_rest(segmenter, images, tmp_path, monkeypatch):
     (images / "aa.png").write_bytes((images / "a.png").read_bytes()[:500])
     (images / "bb.jpg").write_text("no image")
-    write(images / "large.png", height=80)
+    write_synthetic(images / "large.png", height=80)
     monkeypatch.setattr(batch, "find_fov", lambda image: bytearray(1 << 62) if len(image) == 80 else find_fov(image))
     status = {row["name"]: row["status"] for row in run(segmenter, [images], tmp_path / "out")}
     assert [name for name in status if status[name] == DONE] == ["a", "b", "below/c"]
     for name, said in (("aa", "is damaged"), ("bb", "is not an image"), ("large", "--working-size")):
         assert said in status[name]
     assert files(tmp_path / "out").keys() == outputs("a", "b", "below/c") | set(SUMMARIES)
-    write(images / "aa.png")  # mended, it is done by the next run
+    write_synthetic(images / "aa.png")  # mended, it is done by the next run
     assert {row["name"]: row["status"] for row in run(segmenter, [images], tmp_path / "out")}["aa"] == DONE
 
 
@@ -187,7 +175,7 @@ def test_one_bad_file_never_stops_the_rest(segmenter, images, tmp_path, monkeypa
 )
 def test_outputs_mirror_the_inputs_and_two_of_one_name_keep_their_ending(segmenter, tmp_path, inputs, names):
     for name in ("left/eye.jpg", "left/EYE.png", "left/sub/eye.png", "right/eye.png"):
-        write(tmp_path / name)
+        write_synthetic(tmp_path / name)
     run(segmenter, [tmp_path / item for item in inputs], tmp_path / "out", save="masks")
     assert files(tmp_path / "out").keys() == {f"{name}_vessels.png" for name in names} | set(SUMMARIES)
 
@@ -195,20 +183,20 @@ def test_outputs_mirror_the_inputs_and_two_of_one_name_keep_their_ending(segment
 def test_what_two_images_would_share_is_refused_before_anything_is_written(segmenter, tmp_path):
     first, second = tmp_path / "x/eye.jpg", tmp_path / "y/eye.jpg"
     for path in (first, second):
-        write(path)
+        write_synthetic(path)
     with pytest.raises(UserError, match=r"y/eye.jpg and .*x/eye.jpg.*--output"):
         run(segmenter, [first, second], tmp_path / "out")
     assert not files(tmp_path / "out")
     run(segmenter, [tmp_path / "x"], tmp_path / "out", save="masks")
     with pytest.raises(UserError, match=r"y/eye.jpg and .*x/eye.jpg"):  # nor in the next call
         run(segmenter, [tmp_path / "y"], tmp_path / "out")
-    write(tmp_path / "x/eye.png")
+    write_synthetic(tmp_path / "x/eye.png")
     run(segmenter, [tmp_path / "x"], tmp_path / "out", save="masks")  # the name of the first is kept
     assert files(tmp_path / "out").keys() == {"eye_vessels.png", "eye.png_vessels.png", *SUMMARIES}
 
 
 def test_nothing_is_written_over_what_is_not_ours(segmenter, images):
-    write(images / "a_overlay.png", 5)
+    write_synthetic(images / "a_overlay.png", 5)
     before = files(images)
     with pytest.raises(UserError, match="a_overlay.png: is there already.*--output"):
         run(segmenter, [images], images)
@@ -218,7 +206,9 @@ def test_nothing_is_written_over_what_is_not_ours(segmenter, images):
     assert files(images).items() >= {k: v for k, v in before.items() if "overlay" not in k}.items()
     # and our own outputs are no images
     assert [row["skipped"] for row in run(segmenter, [images], images)] == [True] * 3
-    write(images / "vessels/other.png")  # an output below the input is left out; outputs in another folder are images
+    write_synthetic(
+        images / "vessels/other.png"
+    )  # an output below the input is left out; outputs in another folder are images
     assert len(run(segmenter, [images], images / "vessels")) == 3 + 9
 
 
@@ -237,7 +227,7 @@ def test_links_odd_names_and_repeated_inputs(segmenter, images, tmp_path):
 
 def test_several_at_once_give_the_same_bytes_and_large_ones_take_turns(segmenter, tmp_path, monkeypatch):
     for number in range(6):
-        write(tmp_path / f"images/{number}.png", number)
+        write_synthetic(tmp_path / f"images/{number}.png", number)
     forward, running, most, made = segmenter.network.module.forward, [], {}, []
 
     def slow(x):
@@ -258,16 +248,8 @@ def test_several_at_once_give_the_same_bytes_and_large_ones_take_turns(segmenter
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_was_done_before_an_interruption_is_not_done_again(segmenter, images, monkeypatch, killed):
-    real, calls = Segmenter.__call__, []
-
-    def stop_at_the_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Segmenter, "__call__", stop_at_the_third)
+        patch.setattr(Segmenter, "__call__", failing(segmenter.__call__, 2, KeyboardInterrupt()))
         patch.setattr(batch, "_merge", (lambda _: None) if killed else batch._merge)
         run(segmenter, [images], images)
     assert (images / ".summary.0.csv").exists() == killed
@@ -287,23 +269,23 @@ def test_the_command_says_what_it_did_and_what_failed_and_exits_with_1(images, t
     for name in ("more.TXT", "table.csv", "README", "below/Makefile", "below/README"):
         (images / name).write_text("no image")
     arguments = ["predict", "~/images", "--output", "~/out", "--weights", "tiny"]
-    assert cli.main([*arguments, "--dry-run", "--style", "none"]) == 0 and not (tmp_path / "out").exists()
+    assert call(*arguments, "--dry-run", "--style", "none") == 0 and not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
     assert "/a.png -> ~/out/a_*" in shown and "dry run: 4 to segment, 0 done before" in shown
-    assert cli.main(arguments) == 1
+    assert call(*arguments) == 1
     shown = "".join(capsys.readouterr())
     said = "3 segmented, 0 done before, 1 failed: ~/out; passed over: 3 without ending, 2 .txt, 1 .csv\n"
     assert said in shown and "bad\\none.png: is not an image" in shown
-    assert cli.main([*arguments, "--threshold", "0.4"]) == 2
+    assert call(*arguments, "--threshold", "0.4") == 2
     tiny = f"tiny {weights_id(find_weights('tiny'))}"
     assert f"made with {tiny}, not {tiny} threshold=0.4; " in capsys.readouterr().err
     (images / "bad\none.png").unlink()
-    assert cli.main([*arguments, "--threshold", "0.4", "--tta", "--overwrite"]) == 0
+    assert call(*arguments, "--threshold", "0.4", "--tta", "--overwrite") == 0
     shown, rows = capsys.readouterr().out, read_csv(tmp_path / "out/summary.csv", COLUMNS)
     assert {row["made_with"] for row in rows if row["status"] == DONE} == {f"{tiny} threshold=0.4 tta"}
     assert rows[0]["remark"].startswith("page 2 of 2; small: field of view of 62 pixels") and not rows[2]["remark"]
     assert [row["gradable"] for row in rows] == ["no", "no", "", "no"] and "3 doubtful or not gradable" in shown
-    assert cli.main([*arguments, "--threshold", "0.4", "--tta"]) == 0
+    assert call(*arguments, "--threshold", "0.4", "--tta") == 0
     assert "0 segmented, 3 done before" in capsys.readouterr().out
 
 
@@ -312,14 +294,13 @@ def test_measures_are_columns_where_asked_for(segmenter, images, tmp_path, capsy
     assert [row["skipped"] for row in run(segmenter, [images], tmp_path / "None", measure=True)] == [True] * 3
     for one, other in zip(pixels, sizes, strict=True):
         known = {name for name in MEASURES if name in one}
-        assert {name for name in MEASURES if name in other} - known == {
-            n for n in MEASURES if n.endswith(("_um", "_mm"))
-        }
+        physical = {name for name in MEASURES if name.endswith(("_um", "_mm"))}
+        assert {name for name in MEASURES if name in other} - known == physical
         assert float(other["calibre_mean_um"]) == pytest.approx(8 * float(one["calibre_mean_px"]), rel=1e-3)
     listed = json.loads((tmp_path / "None/summary.json").read_text())
     assert listed[0]["fractal_d0"] == float(pixels[0]["fractal_d0"])
     with pytest.raises(UserError, match="made with .*measure"):
         run(segmenter, [images], tmp_path / "None")
     for options, said in ((["--pixel-size", "8"], "add --measure"), (["--measure", "--pixel-size", "0"], "above 0")):
-        assert cli.main(["predict", str(images), "--output", str(tmp_path / "new"), "--weights", "tiny", *options]) == 2
+        assert call("predict", images, "--output", tmp_path / "new", "--weights", "tiny", *options) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -6,8 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import write
 
-from retina_seg.images import list_images, read_image, write_image
+from retina_seg.images import list_images, read_image
 from retina_seg.sets.check import check_set, fingerprint, same_photo
 from retina_seg.utils import UserError
 
@@ -31,17 +32,12 @@ def mask(seed: int) -> np.ndarray:
 FIELD = (image(0)[..., 0] > 0).astype(np.uint8) * 255
 
 
-def put(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_image(path, np.ascontiguousarray(pixels))
-
-
-def write(root: Path, part: str, name: str, pixels: np.ndarray, ending: str = ".png") -> None:
+def write_sample(root: Path, part: str, name: str, pixels: np.ndarray, ending: str = ".png") -> None:
     """An image with a mask, a field of view and a second observer's mask of its size."""
-    put(root / part / "image" / f"{name}{ending}", pixels)
+    write(root / part / "image" / f"{name}{ending}", pixels)
     for kind, truth in (("mask", mask(1)), ("fov", FIELD), ("mask_2nd", mask(2))):
         size = pixels.shape[1::-1]
-        put(root / part / kind / f"{name}.png", cv2.resize(truth, size, interpolation=cv2.INTER_NEAREST))
+        write(root / part / kind / f"{name}.png", cv2.resize(truth, size, interpolation=cv2.INTER_NEAREST))
 
 
 @pytest.fixture
@@ -49,7 +45,7 @@ def clean(tmp_path: Path) -> Path:
     """Three images to train on, two to test on, with fields of view and second observers."""
     for part, seeds in (("train", (1, 2, 10)), ("test", (3, 4))):
         for seed in seeds:
-            write(tmp_path / "set", part, f"p{seed}", image(seed))
+            write_sample(tmp_path / "set", part, f"p{seed}", image(seed))
     return tmp_path / "set"
 
 
@@ -62,7 +58,7 @@ def only(root: Path, level: str, *words: str) -> str:
 
 
 def test_a_clean_set_has_its_figures_and_no_findings(clean):
-    put(clean / "train/mask_2nd/p1.png", np.where(mask(1) > 0, 253, 3).astype(np.uint8))  # two values, as DRIVE's
+    write(clean / "train/mask_2nd/p1.png", np.where(mask(1) > 0, 253, 3).astype(np.uint8))  # two values, as DRIVE's
     report = check_set(clean, progress=False)
     assert (report.problems, report.warnings) == ([], [])
     train = report.parts["train"]
@@ -75,7 +71,7 @@ def test_a_clean_set_has_its_figures_and_no_findings(clean):
 
 
 def test_lines_say_what_people_ask(clean):
-    write(clean, "train", "wide", image(30)[:80])
+    write_sample(clean, "train", "wide", image(30)[:80])
     (clean / "test/mask/p3.png").unlink()
     lines = check_set(clean, progress=False).lines()
     assert lines[0] == str(clean)
@@ -85,7 +81,7 @@ def test_lines_say_what_people_ask(clean):
 
 
 def test_the_index_is_compared_with_the_files_and_counts_variants_once(clean):
-    write(clean, "train", "v", image(1)[:, ::-1])
+    write_sample(clean, "train", "v", image(1)[:, ::-1])
     rows = ["test,p3,p3", "test,p4,p4", "train,p1,p1", "train,v,p1", "train,p2,p2", "train,p10,p10"]
     (clean / "photos.csv").write_text("\n".join(["part,name,photo", *rows]))
     report = check_set(clean, progress=False)
@@ -101,7 +97,7 @@ def test_the_index_is_compared_with_the_files_and_counts_variants_once(clean):
 
 
 def test_odd_files(clean):
-    put(clean / "train/fov/other.png", FIELD)
+    write(clean / "train/fov/other.png", FIELD)
     only(clean, "warnings", "fov: 1 files have no image (other.png)")
     (clean / "train/fov/other.png").unlink()
     (clean / "train/fov/p1.png").unlink()
@@ -150,7 +146,7 @@ ODD = [
     ("level", "kind", "pixels", "said"), [(case[0], kind, *case[2:]) for case in ODD for kind in case[1].split()]
 )
 def test_what_is_odd_about_a_file_is_said(level, kind, pixels, said, clean):
-    put(clean / "train" / kind / "p1.png", pixels)
+    write(clean / "train" / kind / "p1.png", pixels)
     only(clean, level, "p1.png", said)
     if kind == "mask" and "as read" in said:
         assert check_set(clean, progress=False).parts["train"].vessel[0] == pytest.approx((mask(1) > 0).mean())
@@ -162,14 +158,14 @@ def moved(pixels: np.ndarray, quarter: int, mirror: bool) -> np.ndarray:
 
 @pytest.mark.parametrize(("quarter", "mirror"), [(quarter, mirror) for quarter in range(4) for mirror in (False, True)])
 def test_a_test_image_that_is_in_train_rotated_or_mirrored(quarter, mirror, clean):
-    write(clean, "test", "copy", moved(image(2), quarter, mirror))
+    write_sample(clean, "test", "copy", moved(image(2), quarter, mirror))
     copy, original = clean / "test/image/copy.png", clean / "train/image/p2.png"
     only(clean, "problems", f"{copy}: is in train too, as {original};")
 
 
 def test_a_test_image_that_is_in_train_at_another_size_twice(clean):
-    write(clean, "train", "q", image(2)[:, ::-1])
-    write(clean, "test", "copy", cv2.resize(moved(image(2), 1, True), (128, 128)), ".jpg")
+    write_sample(clean, "train", "q", image(2)[:, ::-1])
+    write_sample(clean, "test", "copy", cv2.resize(moved(image(2), 1, True), (128, 128)), ".jpg")
     report = check_set(clean, progress=False)
     (problem,), (warning,) = report.problems, report.warnings
     assert "p2.png" in problem and "q.png" in problem and "train: 1 pairs of files show one photo" in warning

@@ -8,12 +8,13 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import shaken
+from conftest import failing, files, shaken_network
 from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
 from retina_seg import checkpoint, cli
@@ -28,8 +29,7 @@ SMALL = {"width": 8, "deepest": 8, "fine": 2}
 
 
 def network(seed=0):
-    torch.manual_seed(seed)
-    return shaken(build_model("fast_attention_unet", **SMALL), seed)
+    return shaken_network("fast_attention_unet", seed, **SMALL)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ BESIDE |= {"epoch": 3, "loss": np.float64(0.3), "curve": np.arange(3.0), "step":
     ],
 )
 def test_weights_in_the_usual_wrappings_give_the_same_logits(tmp_path, name, wrap):
-    original, path, x = shaken(build_model(name)).eval(), tmp_path / "checkpoint.pth", torch.rand(1, 3, 16, 16)
+    original, path, x = shaken_network(name), tmp_path / "checkpoint.pth", torch.rand(1, 3, 16, 16)
     torch.save(wrap(original.state_dict()), path)
     loaded, told = load_model(path)
     assert told["model"] == name and told["arguments"] == {}
@@ -188,14 +188,6 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_file(saved, share)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
-class Killed(BaseException):
-    """Stands for the end of a process that is asked nothing."""
-
-
-def die():
-    raise Killed
-
-
 def config_of(frame, data, folder, **changes) -> TrainConfig:
     """Three epochs of four steps: with dropout and EMA weights ("fov"), or of the notebook's preset, the best one kept."""
     if frame == "resize":
@@ -221,7 +213,8 @@ def whole(tiny_set, tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp("runs") / name for name in ("fov", "resize", "killed")}
     for frame in ("fov", "resize"):
         fit(config_of(frame, tiny_set, folders[frame]), progress=False)
-    with at_step(7, die), pytest.raises(Killed):
+    # an exception that nothing catches stands for the end of a process that is asked nothing
+    with at_step(7, sys.exit), pytest.raises(SystemExit):
         fit(config_of("fov", tiny_set, folders["killed"]), progress=False)
     return folders
 
@@ -238,7 +231,7 @@ def broken(whole, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
 def test_a_run_stopped_twice_ends_with_the_same_weights(tiny_set, tmp_path, whole, frame, workers):
     first, second = (config_of(frame, tiny_set, tmp_path / "a run", workers=number) for number in workers)
-    with at_step(6, die), pytest.raises(Killed):
+    with at_step(6, sys.exit), pytest.raises(SystemExit):
         fit(first, progress=False)
     assert load_last(tmp_path / "a run")["state"]["step"] == 4  # the first epoch
     with at_step(6, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt) as stop:
@@ -253,7 +246,7 @@ def test_a_run_stopped_twice_ends_with_the_same_weights(tiny_set, tmp_path, whol
 
 def test_a_run_killed_before_anything_was_saved_starts_at_step_one(tiny_set, tmp_path, whole, capsys):
     config = config_of("fov", tiny_set, tmp_path)
-    with at_step(2, die), pytest.raises(Killed):
+    with at_step(2, sys.exit), pytest.raises(SystemExit):
         fit(config, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     (tmp_path / ".0123456789ab.partial.pth").write_bytes(b"half")  # what it was writing
@@ -268,10 +261,10 @@ def test_a_damaged_last_pth_or_one_of_another_config_is_named_and_nothing_is_cha
         save_last(broken, {**load_last(broken), **harm})
     else:
         os.truncate(broken / LAST, int((broken / LAST).stat().st_size * harm))
-    before = {path.name: path.read_bytes() for path in broken.iterdir()}
+    before = files(broken)
     with pytest.raises(UserError, match=f"{LAST}: is (not a checkpoint|of another config)"):
         go_on(config_of("fov", tiny_set, broken))
-    assert before == {path.name: path.read_bytes() for path in broken.iterdir()}
+    assert files(broken) == before
 
 
 def test_a_run_is_gone_on_with_by_its_own_config_where_there_is_one_and_never_overwritten(tiny_set, broken):
@@ -301,15 +294,8 @@ FULL = OSError(errno.ENOSPC, "No space left")
 def test_a_run_that_cannot_save_stops_and_then_goes_on(
     tiny_set, broken, whole, monkeypatch, call, number, error, said, epochs
 ):
-    real, last = getattr(os, call), iter(range(number - 1))
-
-    def stop(*arguments):
-        if next(last, None) is None:
-            raise error
-        return real(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt), match=said):
-        patch.setattr(os, call, stop)
+        patch.setattr(os, call, failing(getattr(os, call), number - 1, error))
         go_on(config_of("fov", tiny_set, broken))
     assert load_last(broken)["state"]["epoch"] == epochs
     go_on(config_of("fov", tiny_set, broken))

@@ -9,11 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, write, write_pair
 
 from retina_seg.data import DriveDataset, FrameDataset, PatchDataset, split_by_photo
 from retina_seg.fov import find_fov, fov_diameter
-from retina_seg.images import write_image
 from retina_seg.sets.files import match_names
 from retina_seg.sets.layout import (
     Pair,
@@ -48,34 +47,23 @@ def shades(*shape):
     return np.where(noise(*shape) > 200, 255, noise(*shape) // 2).astype(np.uint8)
 
 
-def write(folder, part, kind, names, images=None):
-    (folder / part / kind).mkdir(parents=True, exist_ok=True)
+def write_all(folder, names, images=None):
     for i, name in enumerate(names):
-        image = images[i] if images else noise(*((6, 8, 3) if kind == "image" else (6, 8)), seed=i)
-        write_image(folder / part / kind / name, image)
-
-
-def pair_on_disk(folder, name, image, mask, fov=None):
-    files = {kind: folder / f"{name}_{kind}.png" for kind in ("image", "mask", "fov")}
-    write_image(files["image"], image)
-    write_image(files["mask"], mask)
-    if fov is not None:
-        write_image(files["fov"], fov.astype(np.uint8) * 255)
-    return Pair(name, files["image"], files["mask"], name, name, files["fov"] if fov is not None else None)
+        write(folder / name, images[i] if images else noise(*((6, 8, 3) if folder.name == "image" else (6, 8)), seed=i))
 
 
 @pytest.fixture
 def data1(tmp_path):
     """A small dataset in the Data1 layout, its names in an order that spelling would get wrong."""
     for kind in ("image", "mask"):
-        write(tmp_path / "set", "train", kind, ["1.png", "2.png", "10.png"])
-        write(tmp_path / "set", "test", kind, ["0.png"])
+        write_all(tmp_path / "set/train" / kind, ["1.png", "2.png", "10.png"])
+        write_all(tmp_path / "set/test" / kind, ["0.png"])
     return tmp_path / "set"
 
 
 def test_a_dataset_is_found_where_archives_put_it_and_what_is_none_is_told_apart(tmp_path):
     for where in ("plain", "nested/a/b c/d", "both/one", "both/two", "deep/b/c/d/e"):
-        write(tmp_path / where, "train", "image", ["0.png"])
+        write_all(tmp_path / where / "train/image", ["0.png"])
         if where != "deep/b/c/d/e":
             assert find_set(str(tmp_path / where.split("/a/")[0])) == tmp_path / where
     (tmp_path / "file").write_bytes(b"")
@@ -87,10 +75,10 @@ def test_a_dataset_is_found_where_archives_put_it_and_what_is_none_is_told_apart
 
 
 def test_pairs_come_in_natural_order_matched_by_name_whatever_the_ending(data1):
-    write(data1, "train", "image", ["a.tif", "c d.jpg"])
-    write(data1, "train", "mask", ["c d.gif", "a.bmp"])
-    write(data1, "train", "fov", ["2.png", "10.gif"], [noise(6, 8)] * 2)
-    write(data1, "train", "mask_2nd", ["1.png"])
+    write_all(data1 / "train/image", ["a.tif", "c d.jpg"])
+    write_all(data1 / "train/mask", ["c d.gif", "a.bmp"])
+    write_all(data1 / "train/fov", ["2.png", "10.gif"])
+    write_all(data1 / "train/mask_2nd", ["1.png"])
     for kind in ("image", "mask"):
         (data1 / "train" / kind / "._1.png").write_bytes(b"the hidden twin of another system")
     first, second, tenth, *_ = pairs = list_pairs(data1, "train")
@@ -104,7 +92,7 @@ def test_pairs_come_in_natural_order_matched_by_name_whatever_the_ending(data1):
 
 @pytest.mark.parametrize(("kind", "other"), [("image", "mask"), ("mask", "image")])
 def test_doubled_unpaired_empty_and_missing_files_are_errors(data1, kind, other):
-    write(data1, "train", kind, ["2.bmp"])
+    write_all(data1 / "train" / kind, ["2.bmp"])
     with pytest.raises(UserError, match=f"{kind}: two files are called 2"):
         list_pairs(data1, "train")
     train = data1 / "train"
@@ -140,8 +128,7 @@ def test_layouts_as_published_are_read_as_they_are(tmp_path, layout):
         words = {"part": part, "Part": part.title(), "long": part.replace("train", "training"), "n": n}
         paths = [tmp_path / path for path in layout.format(**words).split()]
         for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_image(path, noise(6, 8))
+            write(path, noise(6, 8))
         for key in [part] if "part}" in layout.lower() or "long" in layout else expected:
             expected[key].append(paths)
     for part, files in expected.items():
@@ -173,7 +160,7 @@ def test_names_match_but_for_words_that_all_share():
 
 def test_patterns_and_lists_of_pairs_are_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "flat", "image", ["1.png", "1_gt.png", "01.png", "01_gt.png"])
+    write_all(tmp_path / "flat/image", ["1.png", "1_gt.png", "01.png", "01_gt.png"])
     flat = list_pairs(images="flat/image/*.png", masks="flat/image/*_gt.png")
     assert [(pair.name, pair.mask.name) for pair in flat] == [("01", "01_gt.png"), ("1", "1_gt.png")]
     with pytest.raises(UserError, match="1.png: has no partner by --masks"):
@@ -202,7 +189,7 @@ def test_patterns_and_lists_of_pairs_are_datasets(tmp_path, monkeypatch):
 
 def test_several_datasets_are_one_list_whose_names_carry_their_folder(data1, tmp_path):
     for kind in ("image", "mask"):
-        write(tmp_path / "b", "train", kind, ["1.png"])
+        write_all(tmp_path / "b/train" / kind, ["1.png"])
     pairs = list_pairs([data1, tmp_path / "b"], "train")
     names = ["set/1", "set/2", "set/10", "b/1"]
     assert [(pair.name, pair.photo, pair.subject) for pair in pairs] == [(name,) * 3 for name in names]
@@ -219,8 +206,8 @@ def fours(folder, count=8, second=lambda image: image[:, ::-1]):
     images = [[images[k // 4], second(images[k // 4]), images[k // 4][::-1], images[k]][k % 4] for k in range(count)]
     names = [f"{k}.png" for k in range(count)]
     for part in ("train", "test"):
-        write(folder, part, "image", names, [np.ascontiguousarray(image) for image in images])
-        write(folder, part, "mask", names)
+        write_all(folder / part / "image", names, images)
+        write_all(folder / part / "mask", names)
     return folder
 
 
@@ -291,11 +278,11 @@ def test_folds_are_of_photos_by_count_or_share_and_cover_everything_once():
 
 
 def test_pairs_and_fields_of_view_of_two_sizes_are_refused_naming_both_files(tmp_path):
-    pair = pair_on_disk(tmp_path, "a", noise(4, 6, 3), shades(6, 4))
+    pair = write_pair(tmp_path, "a", noise(4, 6, 3), shades(6, 4))
     for use in (lambda: load_pair(pair.image, pair.mask), lambda: DriveDataset([pair.image], [pair.mask], (8, 8))[0]):
         with pytest.raises(UserError, match="a_mask.png: is 4x6 but its image 6x4 .*a_image.png"):
             use()
-    pair = pair_on_disk(tmp_path, "b", noise(4, 6, 3), shades(4, 6), np.ones((5, 5), bool))
+    pair = write_pair(tmp_path, "b", noise(4, 6, 3), shades(4, 6), np.ones((5, 5), bool))
     with pytest.raises(UserError, match="b_fov.png: is 5x5 but its image 6x4 .*b_image.png"):
         load_with_fov(pair)
 
@@ -304,15 +291,15 @@ def test_the_datasets_own_field_of_view_goes_before_a_found_one(tmp_path):
     image, mask, fov = eye()
     own = np.zeros_like(fov)
     own[10:60, 20:50] = True
-    loaded = load_with_fov(pair_on_disk(tmp_path, "a", image, mask, own))
+    loaded = load_with_fov(write_pair(tmp_path, "a", image, mask, own))
     assert all(np.array_equal(a, b) for a, b in zip(loaded, (image, mask, own), strict=True))
-    assert np.array_equal(load_with_fov(pair_on_disk(tmp_path, "b", image, mask))[2], find_fov(image))
+    assert np.array_equal(load_with_fov(write_pair(tmp_path, "b", image, mask))[2], find_fov(image))
 
 
 def test_odd_masks_are_remarked_on_once_a_kind(tmp_path):
     vessel = np.eye(4, dtype=np.uint8)
     *pairs, inverted = (
-        pair_on_disk(tmp_path, str(k), noise(4, 4, 3), mask)
+        write_pair(tmp_path, str(k), noise(4, 4, 3), mask)
         for k, mask in enumerate([vessel * 0, vessel * 255, vessel, vessel * 0, 255 - vessel * 255])
     )
     black, ones = check_masks(pairs)
@@ -331,7 +318,7 @@ def same(a, b):
 
 def test_the_dataset_keeps_the_originals_contract(tmp_path):
     image, mask = noise(9, 14, 3), noise(9, 14, seed=1)
-    pair, other = (pair_on_disk(tmp_path, str(k), image // k, mask // k) for k in (1, 2))
+    pair, other = (write_pair(tmp_path, str(k), image // k, mask // k) for k in (1, 2))
     dataset = DriveDataset([str(pair.image), other.image], [pair.mask, other.mask])
     assert len(dataset) == 2
     x, y = dataset[0]
@@ -348,7 +335,7 @@ def test_the_dataset_keeps_the_originals_contract(tmp_path):
 @pytest.mark.parametrize("size", [(8, 8), (16, 12), (20, 25)])
 def test_a_size_is_cv2s_resize_of_image_and_mask(tmp_path, size):
     image, mask = noise(20, 25, 3), noise(20, 25, seed=1)
-    pair = pair_on_disk(tmp_path, "a", image, mask)
+    pair = write_pair(tmp_path, "a", image, mask)
     x, y = DriveDataset([pair.image], [pair.mask], size)[0]
     assert torch.equal(x, to_tensor(cv2.resize(image, size[::-1])))
     assert np.array_equal(y[0].numpy(), cv2.resize(mask, size[::-1]) / np.float32(255))
@@ -357,7 +344,7 @@ def test_a_size_is_cv2s_resize_of_image_and_mask(tmp_path, size):
 @pytest.fixture
 def three(tmp_path):
     """Three images with fields of view of diameters 61, 81 and 121."""
-    return [pair_on_disk(tmp_path, str(d), *eye(d + 20, d, seed=d)) for d in (61, 81, 121)]
+    return [write_pair(tmp_path, str(d), *eye(d + 20, d, seed=d)) for d in (61, 81, 121)]
 
 
 def test_images_are_scaled_to_the_median_diameter_unless_one_is_given(three):
@@ -376,7 +363,7 @@ def test_patches_are_bgr_with_the_mask_in_place(tmp_path):
     _, mask, fov = eye(65, 63)
     image = np.where(fov[..., None], np.array([200, 100, 50], np.uint8), 0).astype(np.uint8)
     image[mask > 0] = (40, 20, 10)
-    pair = pair_on_disk(tmp_path, "a", image, mask, fov)
+    pair = write_pair(tmp_path, "a", image, mask, fov)
     dataset = PatchDataset([pair], None, 48, 5, Augmentation(exact=1, recolour=0))
     for x, y in (dataset[i] for i in range(5)):
         colours = torch.tensor([[0, 0, 0], [50, 100, 200], [10, 20, 40]]) / 255

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import call
 from test_test import Redness, set_of_one
 
-from retina_seg import cli
 from retina_seg.analysis.degrade import COLUMNS, DEGRADATIONS, degraded_scores
 from retina_seg.data import list_pairs
 from retina_seg.fov import find_fov
@@ -79,8 +79,8 @@ def test_the_segmenter_finds_the_field_of_view_in_the_degraded_image(tmp_path):
 
 
 def test_the_command_writes_table_and_figure(styled, tiny_set, tmp_path, capsys):
-    arguments = ["degrade", "--weights", styled, "--data", tiny_set, "--output", tmp_path, "--style", "a"]
-    assert cli.main([*map(str, arguments), "--threshold", "0.4"]) == 0
+    options = ("--weights", styled, "--data", tiny_set, "--output", tmp_path, "--style", "a", "--threshold", 0.4)
+    assert call("degrade", *options) == 0
     shown, rows = capsys.readouterr().out, read_csv(tmp_path / "degrade.csv", COLUMNS)
     assert "2 test images, native, field of view, threshold 0.40, style a\n" in shown
     segmenter = Segmenter.load(styled, 0.4, "a", device="cpu", precision="float32")

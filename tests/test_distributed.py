@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call, files, write
 from test_train import same_weights, tiny, weights_of, without_curves  # noqa: F401
 from torch import nn
 
-from retina_seg import cli
 from retina_seg.checkpoint import LAST, load_last
 from retina_seg.config import TrainConfig
 from retina_seg.distributed import World, process_group, set_epoch
-from retina_seg.images import write_image
 from retina_seg.inference.batch import OUTPUTS, predict_images
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.sets.synthetic import synthetic_image
@@ -79,9 +78,8 @@ def end(process) -> str:
 def folder(tiny_set, tmp_path_factory):
     """What two processes wrote: a training ("killed") that one of them did not survive, then `job`. Read only."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "images/more").mkdir(parents=True)
     for number, name in enumerate(("0", "1", "2", "more/0")):
-        write_image(folder / f"images/{name}.png", synthetic_image(number, 64, 72).image)
+        write(folder / f"images/{name}.png", synthetic_image(number, 64, 72).image)
     (folder / "images/broken.png").write_bytes(b"no image")
     config = tiny(tiny_set, folder / "run", epochs=3, batch_size=1, device="cpu", model_arguments=SMALL)
     (folder / "config.json").write_text(json.dumps({"config": asdict(config)}))
@@ -100,7 +98,7 @@ def folder(tiny_set, tmp_path_factory):
 
 def test_a_run_goes_on_after_a_process_was_killed_with_as_many_and_ends_the_same(folder, capsys):
     assert same_weights(weights_of(folder / "killed"), weights_of(folder / "run"))
-    assert cli.main(["train", "--resume", str(folder / "killed")]) == 2
+    assert call("train", "--resume", folder / "killed") == 2
     assert "2 processes began this run, these are 1" in capsys.readouterr().err
 
 
@@ -126,12 +124,12 @@ def test_two_processes_train_nearly_as_one_with_twice_the_batch(folder, tiny_set
 def test_two_processes_write_the_maps_that_one_would(folder):
     rows = predict(folder, "one", World())
     assert [row["status"] == "ok" for row in rows].count(True) == 4 == len(rows) - 1
-    files = [{path.relative_to(folder / kind) for path in (folder / kind).rglob("*.*")} for kind in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 4 * len(OUTPUTS) + 2
-    for name in files[0]:
-        one, two = ((folder / kind / name).read_bytes() for kind in ("one", "two"))
-        if name.suffix != ".png":  # the seconds differ
-            read = json.loads if name.suffix == ".json" else lambda text: csv.DictReader(text.decode().split("\n"))
+    written = [files(folder / kind) for kind in ("one", "two")]
+    assert written[0].keys() == written[1].keys() and len(written[0]) == 4 * len(OUTPUTS) + 2
+    for name in written[0]:
+        one, two = (maps[name] for maps in written)
+        if not name.endswith(".png"):  # the seconds differ
+            read = json.loads if name.endswith(".json") else lambda text: csv.DictReader(text.decode().split("\n"))
             one, two = ([{**row, "seconds": ""} for row in read(text)] for text in (one, two))
         assert one == two, name
 
@@ -154,7 +152,7 @@ def test_a_process_alone_is_its_own_world(monkeypatch, capsys):
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="not as torchrun does.*unset them"), process_group():
         pass
-    assert cli.main(["check", "anywhere"]) == 2
+    assert call("check", "anywhere") == 2
     assert "several processes share train and predict only" in capsys.readouterr().err
 
 

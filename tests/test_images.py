@@ -1,14 +1,13 @@
 """Images in and out: every format and mode, broken and hostile files, names, and writing whole or not at all."""
 
 import gzip
-import io
 import sys
 
 import cv2
 import numpy as np
 import pytest
 import tifffile  # of scikit-image
-from conftest import png
+from conftest import encoded, png
 from PIL import Image
 
 from retina_seg import images
@@ -149,20 +148,18 @@ def tiff(array, **options):
     return write
 
 
-def dicom(array, how, bits, frames=1, jpeg=None):
-    """Writes a DICOM file of an array of `frames` frames, or of these bytes of JPEG."""
+def dicom(array, how, bits, jpeg=None):
+    """Writes a DICOM file of an array, of several frames where it has four axes, or of these bytes of JPEG."""
 
     def write(path):
         pydicom = pytest.importorskip("pydicom", reason="DICOM needs pydicom")
         data = pydicom.Dataset()
         data.file_meta = pydicom.dataset.FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit if jpeg else pydicom.uid.ExplicitVRLittleEndian
-        data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid()
-        data.Rows, data.Columns, data.SamplesPerPixel = *(shape := array.shape[frames > 1 :])[:2], (*shape, 1)[2]
-        data.PhotometricInterpretation, data.PlanarConfiguration, data.NumberOfFrames = how, 0, frames
-        data.BitsAllocated, data.BitsStored, data.HighBit = 8 * array.dtype.itemsize, bits, bits - 1
-        data.PixelRepresentation = int(array.dtype.kind == "i")
-        data.PixelData = pydicom.encaps.encapsulate(jpeg) if jpeg else array.tobytes()
+        data.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+        data.set_pixel_data(array, how, bits)
+        if jpeg:
+            data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+            data.NumberOfFrames, data.PixelData = len(jpeg), pydicom.encaps.encapsulate(jpeg)
         pydicom.dcmwrite(path, data, enforce_file_format=True)
 
     return write
@@ -178,19 +175,11 @@ def heic(*frames):
     return write
 
 
-def jpeg(pixels):
-    """The bytes of a JPEG file."""
-    Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=100, subsampling=0)
-    return file.getvalue()
-
-
+JPEGS = [encoded(a, "JPEG", quality=100, subsampling=0) for a in (COLOUR, 255 - COLOUR)]
 FROM_12, SECOND = "16 bits, scaled from 12", "page 2 of 2; "
 PHOTOS = [
-    *(
-        (coded(a, end), e, FROM_12)
-        for end in (".png", ".tif", ".pnm", ".jp2")
-        for a, e in ((WIDE, COLOUR), (DEEP, GREY))
-    ),
+    *((coded(WIDE, ending), COLOUR, FROM_12) for ending in (".png", ".tif", ".pnm", ".jp2")),
+    *((coded(DEEP, ending), GREY, FROM_12) for ending in (".png", ".tif", ".pnm", ".jp2")),
     (coded(WIDE * 16, ".png"), COLOUR, ""),
     (coded(DEEP * 16, ".jp2"), GREY, ""),
     (coded(DEEP >> 2, ".png"), GREY, "16 bits, scaled from 10"),
@@ -205,8 +194,8 @@ PHOTOS = [
     (dicom(255 - GREY, "MONOCHROME1", 8), GREY, ""),
     (dicom(DEEP // 4, "MONOCHROME2", 12), GREY // 4, FROM_12),  # dark, as its bits say
     (dicom(DEEP, "MONOCHROME2", 16), GREY, FROM_12),
-    (dicom(np.stack([COLOUR, 255 - COLOUR]), "RGB", 8, 2), COLOUR, "page 1 of 2"),
-    (dicom(COLOUR[None], "YBR_FULL", 8, 2, [jpeg(COLOUR), jpeg(255 - COLOUR)]), COLOUR, "page 1 of 2"),
+    (dicom(np.stack([COLOUR, 255 - COLOUR]), "RGB", 8), COLOUR, "page 1 of 2"),
+    (dicom(COLOUR, "YBR_FULL", 8, JPEGS), COLOUR, "page 1 of 2"),
     (heic(COLOUR, COLOUR[:32, :32]), COLOUR, "page 1 of 2"),
 ]
 
@@ -255,16 +244,15 @@ def test_an_image_is_upright_by_its_exif_orientation(tmp_path):
 
 def test_of_several_frames_the_first_of_the_largest_is_taken_and_one_bit_is_black_and_white(tmp_path):
     small, first, second = (Image.fromarray(a) for a in (stripes(8, 16), stripes(), 255 - stripes()))
-    for suffix, frames, number in (
-        (".tif", (small, first, second), 2),
-        (".gif", (first, second), 1),
-        ("", (first, small), 1),
+    for name, kind, frames, number in (
+        ("a.tif", "TIFF", (small, first, second), 2),
+        ("a.gif", "GIF", (first, second), 1),
+        ("a", "MPO", (first, small), 1),
     ):
-        kind = {"": "MPO"}.get(suffix, suffix[1:].replace("tif", "tiff"))
-        frames[0].save(tmp_path / f"a{suffix}", kind, save_all=True, append_images=frames[1:])
-        mask, remark = load_mask(tmp_path / f"a{suffix}")
+        frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:])
+        mask, remark = load_mask(tmp_path / name)
         assert np.array_equal(mask > 127, stripes() > 127) and remark == f"page {number} of {len(frames)}"
-        assert image_size(tmp_path / f"a{suffix}") == (16, 32)
+        assert image_size(tmp_path / name) == (16, 32)
     for suffix in (".png", ".tif", ".bmp"):
         first.convert("1").save(tmp_path / f"a{suffix}")
         assert np.array_equal(read_mask(tmp_path / f"a{suffix}"), stripes())

@@ -5,13 +5,12 @@ import math
 import cv2
 import numpy as np
 import pytest
-from conftest import call
+from conftest import call, write
 from skimage.morphology import skeletonize
 
 from retina_seg.analysis.agreement import AGREEMENT, agreement, icc
 from retina_seg.analysis.measure import fractal_dimensions, measure
 from retina_seg.analysis.measure_masks import DONE, WHOLE, measure_masks
-from retina_seg.images import write_image
 from retina_seg.utils import UserError, read_csv
 
 Y, X = np.mgrid[:320, :320].astype(float)
@@ -116,9 +115,8 @@ def test_ring_in_regions() -> None:
     ring = np.abs(np.hypot(Y - 160, X - 150) - 50) <= 2.5
     found = measure(ring, FOV, disc=(150, 160, 40))  # zone B 40 to 60 pixels from the centre, zone C to 100
     assert found["zone_b_length_px"] == pytest.approx(100 * math.pi, rel=0.02) == found["zone_c_length_px"]
-    assert found["zone_c_inside_pct"] == pytest.approx(100, abs=1) and found["calibre_mean_px"] == pytest.approx(
-        5, abs=0.5
-    )
+    assert found["zone_c_inside_pct"] == pytest.approx(100, abs=1)
+    assert found["calibre_mean_px"] == pytest.approx(5, abs=0.5)
     assert found["top_left_length_px"] > found["top_right_length_px"] > 0
     assert found["tortuosity_mean"] is None and (found["branch_points"], found["end_points"]) == (0, 0)
 
@@ -147,12 +145,10 @@ def test_agreement() -> None:
 @pytest.fixture
 def folders(tmp_path):
     """Predictions of images 1 to 3, in fields of view, and masks of 1 to 4; the third is damaged."""
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "masks").mkdir()
     for number, width in ((1, 5), (2, 7), (3, 9), (4, 5)):
-        write_image(tmp_path / f"masks/{number}_manual1.png", np.uint8(255) * bar(width + 1, 0))
+        write(tmp_path / f"masks/{number}_manual1.png", bar(width + 1, 0))
         for name, mask in {"vessels": bar(width, 0), "fov": X < 160, "overlay": FOV}.items() if number < 4 else ():
-            write_image(tmp_path / f"ours/{number}_{name}.png", np.uint8(255) * mask)
+            write(tmp_path / f"ours/{number}_{name}.png", mask)
     (tmp_path / "masks/3_manual1.png").write_text("no image")
     return tmp_path / "ours", tmp_path / "masks"
 
@@ -174,15 +170,14 @@ def test_discs_fields_and_what_is_no_mask(folders, tmp_path) -> None:
     (ours, masks), table, discs = folders, tmp_path / "table.csv", tmp_path / "discs.csv"
     discs.write_text("name;x;y;diameter\n1.jpg;160;160;40\n2.jpg;500;160;40\n")
     one, two, three = measure_masks([ours], table, discs=discs, progress=False)[0]
-    assert (
-        one["zone_b_length_px"] > 0 and "disc does not lie in" in two["status"] and "no optic disc" in three["remark"]
-    )
-    write_image(masks / "3_manual1.png", np.full((50, 50, 3), np.arange(50)[:, None] * 4, np.uint8))
+    assert one["zone_b_length_px"] > 0
+    assert "disc does not lie in" in two["status"] and "no optic disc" in three["remark"]
+    write(masks / "3_manual1.png", np.full((50, 50, 3), np.arange(50)[:, None] * 4, np.uint8))
     one, _, photo, _ = measure_masks([masks], table, progress=False)[0]
     assert one["remark"] == WHOLE and one["status"] == DONE and "no mask" in photo["status"]
     one, *_, four = measure_masks([masks], table, fov=ours, progress=False)[0]
     assert one["length_px"] == pytest.approx(100, rel=0.02) and "no field of view" in four["status"]
-    write_image(tmp_path / "1.png", np.uint8(255) * bar(5, 0)[:300])
+    write(tmp_path / "1.png", bar(5, 0)[:300])
     rows = measure_masks([masks / "1_manual1.png"], table, against=tmp_path / "1.png", progress=False)[0]
     assert rows[1]["status"].startswith("is 320x300 but") and "length_px" not in rows[1]
     discs.write_text("name,x,y,diameter\nother,1,2,3\n")

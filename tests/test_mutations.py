@@ -1,6 +1,5 @@
 """Mutated images and masks: each is read or named with a reason, by `check` and `predict` alike; `-m full` takes 5,000."""
 
-import io
 import re
 import shutil
 from functools import cache
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import png_chunk
+from conftest import encoded, png_chunk
 from PIL import Image
 
 from retina_seg.inference.batch import DONE, OUTPUTS, predict_images
@@ -22,24 +21,19 @@ UNREADABLE = (
 )
 # ending -> how Pillow is to write it; several ways for what has several decoders
 FORMATS = (
-    *(("png", {"format": "PNG"}), ("png", {"format": "PNG", "bits": 4}), ("webp", {"format": "WEBP"})),
-    *(("jpg", {"format": "JPEG", "quality": 90}), ("jpg", {"format": "JPEG", "progressive": True})),
-    *(("tif", {"format": "TIFF", "compression": how}) for how in (None, "tiff_adobe_deflate", "tiff_lzw", "jpeg")),
-    *((kind.lower(), {"format": kind}) for kind in ("BMP", "GIF", "PPM")),
-    ("webp", {"format": "WEBP", "lossless": True}),
+    *(("png", {"kind": "PNG"}), ("png", {"kind": "PNG", "bits": 4, "mode": "P"}), ("webp", {"kind": "WEBP"})),
+    *(("jpg", {"kind": "JPEG", "quality": 90}), ("jpg", {"kind": "JPEG", "progressive": True})),
+    *(("tif", {"kind": "TIFF", "compression": how}) for how in (None, "tiff_adobe_deflate", "tiff_lzw", "jpeg")),
+    *((kind.lower(), {"kind": kind}) for kind in ("BMP", "GIF", "PPM")),
+    ("webp", {"kind": "WEBP", "lossless": True}),
 )
 
 
 @cache
 def sound(kind: str) -> list[tuple[str, bytes]]:
     """An image or mask of 48x48 in every format: (ending, content)."""
-    image = Image.fromarray(getattr(synthetic_image(1, 96, 96), kind)).resize((48, 48))
-    found = []
-    for ending, options in FORMATS:
-        file = io.BytesIO()
-        (image.convert("P") if "bits" in options else image).save(file, **options)
-        found.append((ending, file.getvalue()))
-    return found
+    image = np.asarray(Image.fromarray(getattr(synthetic_image(1, 96, 96), kind)).resize((48, 48)))
+    return [(ending, encoded(image, **options)) for ending, options in FORMATS]
 
 
 def changed(content, rng, within=None):

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import failing
 from PIL import Image
 
 from retina_seg.images import list_images, read_image, read_mask
@@ -272,19 +273,12 @@ def test_refuses_two_sizes_and_damaged_files_and_leaves_nothing(tmp_path):
 
 
 def test_leaves_nothing_when_interrupted(tmp_path, monkeypatch):
-    source, written, write = make_drive(tmp_path / "raw", 1), [], prepare.write_image
-
-    def interrupted(path, pixels):
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        write(path, pixels)
-        written.append(path)
-
+    source, interrupted = make_drive(tmp_path / "raw", 1), failing(prepare.write_image, 5, KeyboardInterrupt())
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(prepare, "write_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("drive", source, tmp_path / "set")
-    assert len(written) == 5 and sorted(tmp_path.rglob("*")) == before
+    assert interrupted.call_count == 6 and sorted(tmp_path.rglob("*")) == before
 
 
 def test_augment_data_writes_what_prepare_set_writes(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import shaken_network
 from torch import nn
 
 from retina_seg.checkpoint import save_model
@@ -15,24 +16,19 @@ from retina_seg.utils import UserError
 
 
 class Dark(nn.Module):
-    """Logit 10 (0.5 - mean of the channels): how dark a pixel is. No weights, so results are known by hand."""
+    """Logit 10 (level - mean of the channels): how dark a pixel is. No weights, so results are known by hand."""
 
     stride = 4
     receptive_field = 0
+    level = 0.5
 
     def forward(self, x):
         self.input = x
-        return 10 * (0.5 - x.mean(dim=1, keepdim=True))
+        return 10 * (self.level - x.mean(dim=1, keepdim=True))
 
 
 def small_network() -> FastAttentionUNet:
-    """A fast network with random weights and running statistics, so that its predictions vary over an image."""
-    torch.manual_seed(0)
-    network = FastAttentionUNet(width=4, deepest=8, fine=4, dropout=0.0).train()
-    with torch.no_grad():
-        for _ in range(20):
-            network(torch.rand(2, 3, 64, 64))
-    return network.eval()
+    return shaken_network("fast_attention_unet", width=4, deepest=8, fine=4)
 
 
 def small_segmenter(frame=FovFrame(90.0), **options) -> Segmenter:  # noqa: B008

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from conftest import files
 from sklearn.metrics import precision_recall_curve
 
 from retina_seg.images import read_image, read_mask
@@ -116,8 +117,8 @@ def test_write_set_writes_the_layout_the_same_on_every_run(tmp_path):
     root, again, other = roots
     assert root == tmp_path / "new" / "set"
     names = [(part, str(i)) for part, count in (("train", 3), ("test", 2)) for i in range(count)]
-    files = {f"{part}/{kind}/{name}.png" for part, name in names for kind in ("image", "mask", "fov")} | {"photos.csv"}
-    assert {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} == files
+    expected = {f"{part}/{kind}/{name}.png" for part, name in names for kind in ("image", "mask", "fov")}
+    assert files(root).keys() == expected | {"photos.csv"}
     rows = read_csv(root / "photos.csv", ("part", "name", "photo", "variant", "source"))
     assert [(row["part"], row["name"]) for row in rows] == [(row["part"], row["photo"]) for row in rows] == names
     for row in rows:  # each file is the image that the table says
@@ -125,7 +126,7 @@ def test_write_set_writes_the_layout_the_same_on_every_run(tmp_path):
         for kind, truth in vars(one).items():
             path = root / row["part"] / kind / f"{row['name']}.png"
             assert np.array_equal(read_image(path) if kind == "image" else read_mask(path), truth)
-    assert all((root / file).read_bytes() == (again / file).read_bytes() for file in files)
+    assert files(root) == files(again)
     assert len({path.read_bytes() for folder in (root, other) for path in folder.rglob("image/*.png")}) == 10
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import write, write_pair
 from sklearn import metrics as sk
 from torch import nn
 
@@ -69,12 +70,7 @@ def set_of_one(folder, size=(48, 40), fov=None, second=None) -> Pair:
     image, mask = np.full((*size, 3), (200, 90, 40), np.uint8), np.zeros(size, np.uint8)
     image[10:16] = (60, 20, 20)
     mask[10:16] = np.where(np.arange(size[1]) % 10, 255, 0)
-    files = {}
-    for name, pixels in {"image": image, "mask": mask, "fov": fov, "mask_2nd": second}.items():
-        if pixels is not None:
-            files[name] = folder / f"{name}.png"
-            write_image(files[name], pixels)
-    return Pair("1", photo="1", subject="1", **files)
+    return write_pair(folder, "1", image, mask, fov, second)
 
 
 def segmenter(size=(48, 40)) -> Segmenter:
@@ -99,7 +95,7 @@ def test_native_scores_are_the_hand_counted_ones(tmp_path):
     observer = result["second_observer"]["frame"]["mean"]  # 3 rows x 40
     assert (observer["recall"], observer["precision"]) == pytest.approx((0.5, 0.9))
     assert math.isnan(observer["auc"])  # a mask has no ranking
-    with pytest.raises(UserError, match="mask_2nd.png: differs in size"):
+    with pytest.raises(UserError, match="1_mask_2nd.png: differs in size"):
         score_pairs(segmenter(), [set_of_one(tmp_path, second=second[1:])], progress=False)
 
 
@@ -225,13 +221,11 @@ def test_a_style_of_labelling_is_noted_with_its_own_scores(styled, tiny_set, tmp
 
 
 def test_undefined_scores_are_null_not_zero(tiny_run, tmp_path):
-    for part in ("image", "mask"):
-        (tmp_path / "set/test" / part).mkdir(parents=True)
     mask = np.zeros((32, 32), np.uint8)
     for name, first in (("a", 0), ("b", 255)):  # the first mask is empty
         mask[:4] = first
-        write_image(tmp_path / f"set/test/mask/{name}.png", mask)
-        write_image(tmp_path / f"set/test/image/{name}.png", np.full((32, 32, 3), 90, np.uint8))
+        write(tmp_path / f"set/test/mask/{name}.png", mask)
+        write(tmp_path / f"set/test/image/{name}.png", np.full((32, 32, 3), 90, np.uint8))
     value = test(tiny_run, tmp_path / "set", tmp_path / "out", "native", progress=False)
     written = read_json(tmp_path / "out/metrics.json")
     for image, undefined in zip(written["images"], (True, False), strict=True):

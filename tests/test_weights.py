@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import call, write
 
 import retina_seg
-from retina_seg import cli
 from retina_seg.checkpoint import WEIGHTS, load_checkpoint, pretrained_weights
 from retina_seg.config import TrainConfig
 from retina_seg.data import list_pairs
-from retina_seg.images import list_images, read_image, write_image
+from retina_seg.images import list_images, read_image
 from retina_seg.inference.segmenter import Segmenter
 from retina_seg.metrics import count, scores_from_counts
 from retina_seg.model import count_parameters
@@ -52,8 +52,8 @@ def test_weights_segment_an_image_they_have_never_seen_and_nothing_in_a_black_on
 
 
 def test_predict_needs_no_weights_named_and_the_package_shows_its_use(tmp_path):
-    write_image(tmp_path / "eye.png", synthetic_image(3, 200, 210).image)
-    assert cli.main(["predict", str(tmp_path / "eye.png"), "--output", str(tmp_path / "out")]) == 0
+    image = write(tmp_path / "eye.png", synthetic_image(3, 200, 210).image)
+    assert call("predict", image, "--output", tmp_path / "out") == 0
     assert (tmp_path / "out/eye_vessels.png").is_file()
     assert doctest.testmod(retina_seg) == (0, 6)
 
