@@ -17,9 +17,10 @@ from retina_seg import cli
 from retina_seg.checkpoint import save_model
 from retina_seg.config import TrainConfig
 from retina_seg.images import write_image
+from retina_seg.inference.engine import image_batch
 from retina_seg.model import build_model
 from retina_seg.sets.layout import Pair
-from retina_seg.sets.synthetic import write_set
+from retina_seg.sets.synthetic import synthetic_image, write_set
 from retina_seg.train import fit
 
 
@@ -80,6 +81,18 @@ def shaken_network(name: str, seed: int = 0, **arguments: object):
     """A network with random weights and statistics, in evaluation mode; the same for a seed."""
     torch.manual_seed(seed)
     return shaken(build_model(name, **arguments), seed)
+
+
+def save_varied(path: Path, name: str, frame) -> Path:
+    """A checkpoint with random weights whose probabilities differ from pixel to pixel, and a threshold of 0.3."""
+    model = shaken_network(name, seed=1)
+    last = model.finaloutput if name == "attention_unet" else model.fine[-1]
+    with torch.no_grad():
+        logits = model(image_batch(synthetic_image(9, 96, 96).image, "cpu"))
+        last.bias.sub_(logits.mean()).mul_(2 / logits.std())
+        last.weight.mul_(2 / logits.std())
+    save_model(path, model, name, {}, threshold=0.3, frame=frame.to_dict())
+    return path
 
 
 def failing(function, good: int, error: BaseException) -> Mock:

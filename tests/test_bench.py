@@ -6,15 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import save_varied
 
 from retina_seg.analysis import bench
-from retina_seg.checkpoint import save_model
 from retina_seg.data import list_pairs
-from retina_seg.inference.engine import image_batch
 from retina_seg.inference.segmenter import Segmenter
-from retina_seg.model import build_model
-from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.test import score_pairs
+from retina_seg.transforms import ResizeFrame
 from retina_seg.utils import UserError
 
 CPU = torch.device("cpu")
@@ -23,16 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A checkpoint of the original's network with weights that tell pixels apart, statistics included."""
-    torch.manual_seed(0)
-    model = build_model("attention_unet").train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.rand(2, 3, 32, 32))
-        model.eval().finaloutput.weight.mul_(20)
-        model.finaloutput.bias.sub_(model(image_batch(synthetic_image(0, 64, 64).image, "cpu")).quantile(0.8))
-    path = tmp_path_factory.mktemp("bench") / "original.pth"
-    save_model(path, model, "attention_unet", {})
-    return path
+    return save_varied(tmp_path_factory.mktemp("bench") / "original.pth", "attention_unet", ResizeFrame())
 
 
 def test_calls_take_turns_the_second_time_counts_and_the_first_round_does_not(trained, monkeypatch):

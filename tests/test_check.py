@@ -10,18 +10,15 @@ from conftest import write
 
 from retina_seg.images import list_images, read_image
 from retina_seg.sets.check import check_set, fingerprint, same_photo
+from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.utils import UserError
 
 HEIGHT, WIDTH = 96, 90
 
 
 def image(seed: int) -> np.ndarray:
-    """(96, 90, 3) uint8: a disc with detail of its own on black, as all fundus photos are alike at first sight."""
-    rng = np.random.default_rng(seed)
-    detail = cv2.resize(rng.normal(0, 25, (16, 16)).astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    ys, xs = np.mgrid[:HEIGHT, :WIDTH]
-    grey = np.clip(120 + detail, 1, 255) * (np.hypot(ys - HEIGHT / 2, xs - WIDTH / 2) < 43)
-    return np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+    """(96, 90, 3) uint8."""
+    return synthetic_image(seed, HEIGHT, WIDTH).image
 
 
 def mask(seed: int) -> np.ndarray:
@@ -29,7 +26,7 @@ def mask(seed: int) -> np.ndarray:
     return cv2.line(np.zeros((HEIGHT, WIDTH), np.uint8), (20 + seed, 15), (60, 80), 255, 3)
 
 
-FIELD = (image(0)[..., 0] > 0).astype(np.uint8) * 255
+FIELD = synthetic_image(0, HEIGHT, WIDTH).fov
 
 
 def write_sample(root: Path, part: str, name: str, pixels: np.ndarray, ending: str = ".png") -> None:
@@ -126,11 +123,11 @@ def test_damaged_files_are_named_and_the_rest_is_read(clean):
 
 SOFT = cv2.resize(cv2.resize(mask(1), (45, 48)), (WIDTH, HEIGHT))
 RED = np.array([1, 0, 0], np.uint8)
-PHOTO = np.where(np.arange(WIDTH) < 2, 255, np.maximum(image(40)[..., 0], FIELD // 2)).astype(np.uint8)
+PHOTO = np.where(np.arange(WIDTH) < 2, 255, np.maximum(image(40)[..., 1], FIELD // 2)).astype(np.uint8)
 ODD = [
     ("problems", "mask fov mask_2nd", mask(3)[:70], "p1.png: is 90x70 but its image 90x96"),
     ("problems", "mask fov mask_2nd", mask(3) * 0, "black"),
-    ("problems", "mask mask_2nd", image(40)[..., 0] // 3, "p1.png: its brightest value is 59, vessel is above 127"),
+    ("problems", "mask mask_2nd", image(40)[..., 0] // 3, "p1.png: its brightest value is 85, vessel is above 127"),
     ("problems", "mask fov", PHOTO, "is no mask"),
     ("problems", "mask mask_2nd", 255 - mask(3), "p1.png: calls 96 % of the frame vessel; is it inverted?"),
     ("problems", "image", np.zeros((HEIGHT, WIDTH, 3), np.uint8), "shows nothing, all its pixels are 0"),

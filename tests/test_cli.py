@@ -15,7 +15,6 @@ from test_config import train_parser
 from test_train import at_step, without_curves  # noqa: F401
 
 import retina_seg
-from retina_seg import cli
 from retina_seg.config import PRESETS, TrainConfig
 from retina_seg.sets.synthetic import write_set
 
@@ -140,10 +139,8 @@ def test_a_module_of_the_user_registers_its_network_for_the_command(tiny_set, tm
     (tmp_path / "my_networks.py").write_text(code + "register_model('mine', lambda: FastAttentionUNet(4, 4, 0))\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    short = (
-        f"train --preset quick --data {tiny_set} --epochs 1 --patches 2 --size 32 --model-arguments {{}} --model mine"
-    )
-    assert cli.main(["--import", "my_networks", *short.split(), "--output", "run"]) == 0
+    options = ("--data", tiny_set, "--patches", 2, "--model-arguments", "{}", "--model", "mine", *SMALL)
+    assert call("--import", "my_networks", "train", "--preset", "quick", *options, "--output", "run") == 0
     assert json.loads(Path("run/config.json").read_text())["config"]["model"] == "mine"
-    assert cli.main(["--import", "nothing_here", *short.split()]) == 2
+    assert call("--import", "nothing_here", "train", *options) == 2
     assert "--import nothing_here: cannot be imported (ModuleNotFoundError" in capsys.readouterr().err

@@ -14,9 +14,8 @@ def scores(f1: list[float | None], size: str = "512x512", names=None) -> dict:
     summary = dict.fromkeys(SCORES, float(np.mean(known)))
     region = {"mean": summary, "std": summary, "pooled": summary, "ci95": {"f1": [min(known), max(known)]}}
     names = names or [str(i) for i in range(len(f1))]
-    images = [
-        {"name": n, **dict.fromkeys(("frame", "fov"), dict.fromkeys(SCORES, v))} for n, v in zip(names, f1, strict=True)
-    ]
+    by_image = [dict.fromkeys(("frame", "fov"), dict.fromkeys(SCORES, value)) for value in f1]
+    images = [{"name": name, **regions} for name, regions in zip(names, by_image, strict=True)]
     return {"protocol": {"size": size, "part": "test"}, "frame": region, "fov": region, "images": images}
 
 

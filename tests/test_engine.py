@@ -9,7 +9,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import noise, shaken
+from conftest import noise
+from conftest import shaken_network as network_of
 from torch import nn
 
 from retina_seg.inference import engine
@@ -27,11 +28,6 @@ MODELS = [
     ("fast_attention_unet", {"styles": 2}),
 ]
 IMAGE = noise(96, 64, 3)
-
-
-def network_of(name, **arguments):
-    torch.manual_seed(0)
-    return shaken(build_model(name, **arguments))
 
 
 @torch.inference_mode()

@@ -102,13 +102,11 @@ def test_an_own_loss_is_the_one_that_is_minimised(data: Path, tmp_path: Path) ->
 
 
 def test_a_pretrained_start(data: Path, tmp_path: Path) -> None:
-    config = TrainConfig.from_preset(
-        "finetune", data=str(data), output=str(tmp_path / "run"), patches=2, epochs=1, weights="tiny"
-    )
+    changes = {"data": str(data), "output": str(tmp_path / "run"), "patches": 2, "epochs": 1, "weights": "tiny"}
+    config = TrainConfig.from_preset("finetune", **changes)
     run, (tiny, notes) = fit(config, progress=False), load_model("tiny")
-    moved = [
-        float((a - b).detach().abs().max()) for a, b in zip(run.model.parameters(), tiny.parameters(), strict=True)
-    ]
+    parameters = zip(run.model.parameters(), tiny.parameters(), strict=True)
+    moved = [float((a - b).detach().abs().max()) for a, b in parameters]
     assert 0 < max(moved) < 0.1  # it starts from them
     assert load_model(run.folder)[1]["frame"] == notes["frame"]
 
@@ -142,9 +140,8 @@ def test_k_fold(data: Path, tmp_path: Path) -> None:
     held = []
     for fold in range(3):
         config = short(data, tmp_path / str(fold), validation="photos", held_out=2, fold=fold)
-        held += [
-            row["name"] for row in score(fit(config, progress=False), data, part="validation", progress=False)["images"]
-        ]
+        scores_of_fold = score(fit(config, progress=False), data, part="validation", progress=False)
+        held += [row["name"] for row in scores_of_fold["images"]]
     assert sorted(held) == sorted(pair.name for pair in list_pairs(data, "train"))
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, shaken_network, write
+from conftest import call, save_varied, write
 
-from retina_seg.checkpoint import save_model
 from retina_seg.fov import find_fov
 from retina_seg.images import read_image, read_mask
 from retina_seg.inference import engine, export
@@ -32,17 +31,6 @@ def segmented(path, image):
     return vessels > 0, probability, fov > 0
 
 
-def save(path, name, frame):
-    """A checkpoint with random weights whose probabilities differ from pixel to pixel."""
-    model = shaken_network(name, seed=1)
-    last = model.finaloutput if name == "attention_unet" else model.fine[-1]
-    with torch.no_grad():
-        logits = model(engine.image_batch(synthetic_image(9, 96, 96).image, torch.device("cpu")))
-        last.bias.sub_(logits.mean()).mul_(2 / logits.std())
-        last.weight.mul_(2 / logits.std())
-    save_model(path, model, name, {}, threshold=0.3, frame=frame.to_dict())
-
-
 @pytest.mark.parametrize(
     ("name", "frame", "shapes"),
     [
@@ -52,7 +40,7 @@ def save(path, name, frame):
     ],
 )
 def test_onnxruntime_predicts_what_the_segmenter_predicts_at_any_size(name, frame, shapes, tmp_path):
-    save(tmp_path / "weights.pth", name, frame)
+    save_varied(tmp_path / "weights.pth", name, frame)
     target = tmp_path / "new/vessels.onnx"
     assert export.export(tmp_path / "weights.pth", target) < 1e-4
     assert list(target.parent.iterdir()) == [target]
@@ -104,7 +92,7 @@ def test_the_readmes_lines_segment_without_torch_as_the_segmenter_does(tmp_path)
 def test_ranges_are_those_of_the_training_images_and_count_for_their_weights_only(tiny_set, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="needs the extra openvino")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    save(tmp_path / "weights.pth", "fast_attention_unet", FovFrame(90.0))
+    save_varied(tmp_path / "weights.pth", "fast_attention_unet", FovFrame(90.0))
     load = partial(Segmenter.load, tmp_path / "weights.pth", device="cpu")
     assert load().precision is not torch.int8
     path, count = export.calibrate(tmp_path / "weights.pth", tiny_set)
@@ -117,7 +105,7 @@ def test_ranges_are_those_of_the_training_images_and_count_for_their_weights_onl
     assert segmenter.precision is torch.int8
     difference = np.abs(segmenter(image) - load(engine="torch", precision="float32")(image))
     assert 0 < difference.mean() < 0.02
-    save(tmp_path / "weights.pth", "fast_attention_unet", FovFrame(91.0))
+    save_varied(tmp_path / "weights.pth", "fast_attention_unet", FovFrame(91.0))
     assert engine.load_ranges(tmp_path / "weights.pth") is None and load().precision is not torch.int8
 
 

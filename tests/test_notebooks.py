@@ -99,9 +99,8 @@ def test_model_and_test_use_the_newest_finished_run(run_in_small, tmp_path):
 
 def test_what_is_trained_is_what_is_tested():
     """`test` looks where `train` writes, and would train the same; `model` keeps its run elsewhere."""
-    cells = [
-        [cell for cell in read(NOTEBOOKS / f"{name}.ipynb")[1] if cell.metadata] for name in ("model", "train", "test")
-    ]
+    notebooks = [read(NOTEBOOKS / f"{name}.ipynb")[1] for name in ("model", "train", "test")]
+    cells = [[cell for cell in notebook if cell.metadata] for notebook in notebooks]
     model, train, test = (dict(re.findall(r"^(\w+) = (.*?)(?:  #|$)", cell.source, re.M)) for (cell,) in cells)
     assert (test["RUN"], test["SECOND_RUN"]) == (train["OUTPUT"], train["SECOND_OUTPUT"])
     assert all(test[name] == train[name] for name in ("PRESET", "CHANGES", "SECOND", "SECOND_CHANGES"))

@@ -86,20 +86,6 @@ def test_what_is_taken_as_a_matrix_in_the_fast_network():
         assert (id(parameter) in matrices, id(parameter) in others) == (is_matrix, not is_matrix), name
 
 
-def test_its_state_goes_on_where_it_was():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    first, *others = ([drawn(*p.shape, seed=seed) for p in model.parameters()] for seed in range(3))
-    optimizer = Muon(model.parameters(), lr=0.01)
-    step_with(optimizer, model, *first)
-    resumed = copy.deepcopy(model)
-    state = Muon(resumed.parameters(), lr=0.01)
-    state.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for gradients in others:
-        step_with(optimizer, model, *gradients)
-        step_with(state, resumed, *gradients)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-
-
 def test_the_optimizer_is_the_configs():
     model = nn.Conv2d(3, 4, 3)
     adam, adamw = torch.optim.Adam, torch.optim.AdamW

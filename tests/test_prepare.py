@@ -3,6 +3,7 @@
 import gzip
 import io
 import shutil
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -15,27 +16,25 @@ from retina_seg.images import list_images, read_image, read_mask
 from retina_seg.sets import prepare
 from retina_seg.sets.layout import list_pairs
 from retina_seg.sets.prepare import SETS, augment_data, list_raw, load_data, prepare_set, rotated
+from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.utils import UserError, read_csv
 
-HEIGHT, WIDTH = 44, 40
+HEIGHT, WIDTH = 68, 64
+drawn = cache(synthetic_image)
 
 
 def image(seed: int) -> np.ndarray:
-    """(44, 40, 3) uint8: smooth colours that no mirroring or rotation leaves as they are."""
-    coarse = np.random.default_rng(seed).integers(20, 235, (6, 6, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    """(68, 64, 3) uint8, which no mirroring or rotation leaves as it is."""
+    return drawn(seed, HEIGHT, WIDTH).image
 
 
 def mask(seed: int) -> np.ndarray:
-    """(44, 40) uint8 0/255: one slanted vessel, and a spot in one corner."""
-    vessels = np.zeros((HEIGHT, WIDTH), np.uint8)
-    cv2.line(vessels, (3 + seed % 20, 0), (30, HEIGHT - 1), 255, 2)
-    vessels[2:6, 1:4] = 255
-    return vessels
+    """(68, 64) uint8 0/255."""
+    return drawn(seed, HEIGHT, WIDTH).mask
 
 
 def field() -> np.ndarray:
-    """(44, 40) uint8 0/255: a field of view off the middle, so that mirroring shows."""
+    """(68, 64) uint8 0/255: a field of view off the middle, so that mirroring shows."""
     return cv2.circle(np.zeros((HEIGHT, WIDTH), np.uint8), (17, 24), 15, 255, -1)
 
 

@@ -74,9 +74,8 @@ def test_a_browser_sorts_filters_and_enlarges(tmp_path):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
     command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    first, up, down, dark, no_search, yes, reset, bar, opened, markup = json.loads(
-        re.search("<title>(.*?)</title>", dom)[1]
-    )
+    log = json.loads(re.search("<title>(.*?)</title>", dom)[1])
+    first, up, down, dark, no_search, yes, reset, bar, opened, markup = log
     assert (first, reset) == ("a/0,a/1,a/2",) * 2
     assert (up, down) == ("a/1,a/0,a/2", "a/0,a/1,a/2")  # an undefined measure comes last either way
     assert (dark, no_search) == ("a/1", "a/0,a/1,a/2")

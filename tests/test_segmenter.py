@@ -229,8 +229,7 @@ def test_the_automatic_style_goes_by_the_diameter_of_the_field_of_view(tmp_path)
     for side, style in ((780, "fine"), (820, "balanced")):
         fov = np.zeros((840, 840), bool)
         fov[10 : 10 + side, 10 : 10 + side] = True  # its diameter is the side of its box
-        results = {
-            name: load(tmp_path / "w.pth", style=name)(image, fov) for name in (None, "auto", "fine", "balanced")
-        }
+        names = (None, "auto", "fine", "balanced")
+        results = {name: load(tmp_path / "w.pth", style=name)(image, fov) for name in names}
         assert np.array_equal(results[None], results["auto"])
         assert [n for n in ("fine", "balanced") if np.abs(results[n] - results["auto"]).max() < 1e-6] == [style]
