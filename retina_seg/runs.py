@@ -91,15 +91,16 @@ def start_from(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
 def load_teacher(name: str, frame: Frame, datasets: Sequence[str]) -> nn.Module:
     """The network of the weights `name`, which gives logits in the style of each of `datasets`, in evaluation mode.
 
-    Raises `UserError`: as `load_model`; weights of another working frame than `frame`.
+    Raises `UserError`: as `load_model`; weights of another working frame than `frame`, as training patches see it.
     """
     try:
         model, notes = load_model(name, datasets or None)
     except UserError as error:
         raise UserError(f"--teacher {name}: {error}") from None
-    theirs = notes.get("frame") or ResizeFrame().to_dict()
-    if theirs != frame.to_dict():
-        raise UserError(f"--teacher {name}: is used in the working frame {theirs}, this training in {frame.to_dict()}")
+    frames = notes.get("frame") or ResizeFrame().to_dict(), frame.to_dict()
+    theirs, ours = ({key: value for key, value in one.items() if key != "largest_diameter"} for one in frames)
+    if theirs != ours:
+        raise UserError(f"--teacher {name}: is used in the working frame {theirs}, this training in {ours}")
     return model
 
 

@@ -223,7 +223,8 @@ def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     with torch.no_grad():
         taught = torch.sigmoid(teacher(to_tensor(image[:64, :64])[None])).mean((0, 2, 3))
     assert taught[1] > taught[0] + 0.01
-    student = dataclasses.replace(config, teacher=str(run.folder), epochs=1, output=str(tmp_path / "student"))
+    how = {"teacher": str(run.folder), "epochs": 1, "largest_diameter": 500.0}  # which patches know nothing of
+    student = dataclasses.replace(config, **how, output=str(tmp_path / "student"))
     alone = dataclasses.replace(student, teacher=None, output=str(tmp_path / "alone"))
     losses = [fit(one, progress=False).history[0]["train_loss"] for one in (student, alone)]
     assert losses[0] > losses[1] + 0.1  # the teacher's loss is added
