@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
@@ -22,6 +23,8 @@ from retina_seg.model import build_model
 from retina_seg.sets.layout import Pair
 from retina_seg.sets.synthetic import synthetic_image, write_set
 from retina_seg.train import fit
+
+drawn = cache(synthetic_image)  # read only
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

@@ -10,17 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, encoded, failing, png, write
+from conftest import call, drawn, encoded, failing, png, write
 from test_checkpoint import Bomb
 from test_compare import scores
 
 from retina_seg.images import read_image, read_mask, write_image
-from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.utils import read_json, write_json
 
 SMALL = ("--preset", "quick", "--size", "32", "--epochs", "1", "--patches", "4", "--device", "cpu")
@@ -53,12 +51,12 @@ class Desk:
     def raw(self):
         """CHASE_DB1 as published, two images of it."""
         for number, name in enumerate(("Image_01L", "Image_01R")):
-            write(self.folder / "raw" / f"{name}.jpg", drawn(number).image)
-            write(self.folder / "raw" / f"{name}_1stHO.png", drawn(number).mask)
+            write(self.folder / "raw" / f"{name}.jpg", drawn(number, 96, 96).image)
+            write(self.folder / "raw" / f"{name}_1stHO.png", drawn(number, 96, 96).mask)
         return self.folder / "raw"
 
     def images(self):
-        return write(self.folder / "images/good.png", drawn(3).image).parent
+        return write(self.folder / "images/good.png", drawn(3, 96, 96).image).parent
 
     def checkpoint(self, **changes):
         """A checkpoint like the sound one but for `changes`."""
@@ -103,11 +101,6 @@ class Desk:
         return [command, *arguments[command]()]
 
 
-@cache
-def drawn(seed):
-    return synthetic_image(seed, 96, 96)
-
-
 def made(folder):
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -135,7 +128,7 @@ def damaged(command, where, damage):
 
 def sound(kind, mode=None):
     """A sound image of 96x96 as a file's bytes."""
-    return encoded(drawn(5).image, kind, mode)
+    return encoded(drawn(5, 96, 96).image, kind, mode)
 
 
 def replaced(content, suffix=".png"):

@@ -6,11 +6,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import write
+from conftest import drawn, write
 
 from retina_seg.images import list_images, read_image
 from retina_seg.sets.check import check_set, fingerprint, same_photo
-from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.utils import UserError
 
 HEIGHT, WIDTH = 96, 90
@@ -18,7 +17,7 @@ HEIGHT, WIDTH = 96, 90
 
 def image(seed: int) -> np.ndarray:
     """(96, 90, 3) uint8."""
-    return synthetic_image(seed, HEIGHT, WIDTH).image
+    return drawn(seed, HEIGHT, WIDTH).image
 
 
 def mask(seed: int) -> np.ndarray:
@@ -26,7 +25,7 @@ def mask(seed: int) -> np.ndarray:
     return cv2.line(np.zeros((HEIGHT, WIDTH), np.uint8), (20 + seed, 15), (60, 80), 255, 3)
 
 
-FIELD = synthetic_image(0, HEIGHT, WIDTH).fov
+FIELD = drawn(0, HEIGHT, WIDTH).fov
 
 
 def write_sample(root: Path, part: str, name: str, pixels: np.ndarray, ending: str = ".png") -> None:

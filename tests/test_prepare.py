@@ -3,24 +3,21 @@
 import gzip
 import io
 import shutil
-from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import failing
+from conftest import drawn, failing
 from PIL import Image
 
 from retina_seg.images import list_images, read_image, read_mask
 from retina_seg.sets import prepare
 from retina_seg.sets.layout import list_pairs
 from retina_seg.sets.prepare import SETS, augment_data, list_raw, load_data, prepare_set, rotated
-from retina_seg.sets.synthetic import synthetic_image
 from retina_seg.utils import UserError, read_csv
 
 HEIGHT, WIDTH = 68, 64
-drawn = cache(synthetic_image)
 
 
 def image(seed: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import shaken_network
 from torch import nn
 
 from retina_seg.checkpoint import save_model
@@ -28,7 +27,13 @@ class Dark(nn.Module):
 
 
 def small_network() -> FastAttentionUNet:
-    return shaken_network("fast_attention_unet", width=4, deepest=8, fine=4)
+    """A fast network with random weights and running statistics, so that its predictions vary over an image."""
+    torch.manual_seed(0)
+    network = FastAttentionUNet(width=4, deepest=8, fine=4, dropout=0.0).train()
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.rand(2, 3, 64, 64))
+    return network.eval()
 
 
 def small_segmenter(frame=FovFrame(90.0), **options) -> Segmenter:  # noqa: B008
