@@ -81,7 +81,7 @@ def calibrate(weights: str | Path, data: Data) -> tuple[Path, int]:
 def activation_ranges(segmenter: Segmenter, images: Iterable[np.ndarray]) -> Ranges:
     """The ranges of convolutions' inputs while `segmenter`, by torch, segments `images`: (H, W, 3) uint8 RGB.
 
-    Left out are the first convolution and the last one, whose rounding would show most.
+    Left out are the first convolution and the last two, whose rounding would show most.
     """
     ranges: Ranges = {}
 
@@ -92,7 +92,7 @@ def activation_ranges(segmenter: Segmenter, images: Iterable[np.ndarray]) -> Ran
 
     layers: Any = segmenter.network
     convolutions = [(n, layer) for n, layer in layers.module.named_modules() if isinstance(layer, nn.Conv2d)]
-    handles = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in convolutions[1:-1]]
+    handles = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in convolutions[1:-2]]
     for image in images:
         segmenter(image)
     for handle in handles:
