@@ -197,6 +197,8 @@ def openvino_graph(model: nn.Module, ranges: Ranges) -> Any:
     from openvino import opset14 as ops
 
     layers = dict(model.named_modules())
+    limits = {layers[name]: limit for name, limit in ranges.items()}
+    vnni = has_flag("avx512_vnni", "avx_vnni", "amx_int8")
 
     def rounded(x: Any, low: Any, high: Any, levels: int) -> Any:
         return ops.fake_quantize(x, *map(np.float32, (low, high, low, high)), levels)
@@ -213,8 +215,6 @@ def openvino_graph(model: nn.Module, ranges: Ranges) -> Any:
         how = {"coordinate_transformation_mode": "align_corners" if layer.align_corners else "half_pixel"}
         return ops.interpolate(x, np.full(2, 2, np.float32), "linear_onnx", "scales", axes=np.array([2, 3]), **how)
 
-    limits = {layers[name]: limit for name, limit in ranges.items()}
-    vnni = has_flag("avx512_vnni", "avx_vnni", "amx_int8")
     translations: dict[Any, Callable] = {
         nn.Conv2d: convolution,
         nn.Upsample: upsample,

@@ -162,10 +162,8 @@ def _difference(content: bytes, segmenter: Segmenter) -> float:
     """
     import onnxruntime
 
-    session, sides = (
-        onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]),
-        segmenter.frame.usual_size,
-    )
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    sides = segmenter.frame.usual_size
     side = max(64, 2 * max(sides))  # so that the middle is lit, and thus the field of view
     top, left = ((side - length) // 2 for length in sides)
     image = synthetic_image(0, side, side).image[top : top + sides[0], left : left + sides[1]]
