@@ -81,17 +81,16 @@ def contact_sheet(
     images: Iterable[np.ndarray], captions: Sequence[str], columns: int = 4, width: int = 320
 ) -> np.ndarray:
     """Images (H, W, 3) uint8 in a grid, each scaled to `width` pixels, its caption above: (H', W', 3) uint8."""
-    import torch
-    from torchvision.utils import make_grid
-
     images = [shrink(image, width) for image in images]
-    tiles = np.full((len(images), max(map(len, images)) + 24, width, 3), 255, np.uint8)
-    for tile, image, caption in zip(tiles, images, captions, strict=True):
+    columns = max(1, min(columns, len(images)))
+    rows, height, gap = math.ceil(len(images) / columns), max(map(len, images)) + 24, 6
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        top, left = gap + number // columns * (height + gap), gap + number % columns * (width + gap)
+        tile = sheet[top : top + height, left : left + width]
         tile[24 : 24 + len(image), : image.shape[1]] = image
         cv2.putText(tile, short(caption), (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
-    batch = torch.from_numpy(tiles).permute(0, 3, 1, 2)
-    grid = make_grid(batch, nrow=min(columns, len(batch)), padding=6, pad_value=255)
-    return grid.permute(1, 2, 0).contiguous().numpy()
+    return sheet
 
 
 def save_figure(path: str | Path, figure: Any) -> None:

@@ -54,11 +54,10 @@ def test_a_contact_sheet_of_mixed_sizes_has_a_tile_for_each(count, columns, rows
     images = [np.full((*shape, 3), 10 + 20 * i, np.uint8) for i, shape in enumerate(shapes)]
     sheet = visualize.contact_sheet(images, [f"image {i}" for i in range(count)], columns=columns, width=64)
     tile = 24 + max(round(height * min(1, 64 / width)) for height, width in shapes)
-    margin = 0 if count == 1 else 6  # a lone tile comes without the 6 px of margin around each
-    expected = (rows * (tile + margin) + margin, across * (64 + margin) + margin, 3)
+    expected = (rows * (tile + 6) + 6, across * (64 + 6) + 6, 3)
     assert (sheet.shape, sheet.dtype) == (expected, np.uint8)
     for i in range(count):
-        top, left = margin + i // across * (tile + 6), margin + i % across * (64 + 6)
+        top, left = 6 + i // across * (tile + 6), 6 + i % across * (64 + 6)
         assert sheet[top : top + 24, left : left + 64].min() < 128  # a caption
         assert (sheet[top + 24, left] == 10 + 20 * i).all()
     with pytest.raises(ValueError, match="zip"):
