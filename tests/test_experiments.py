@@ -20,7 +20,7 @@ from retina_seg.images import read_image
 from retina_seg.loss import LOSSES, dice_bce_loss, register_loss
 from retina_seg.metrics import SCORES, RankingHistogram, scores
 from retina_seg.model import MODELS, register_model
-from retina_seg.sets.synthetic import synthetic_image, write_set
+from retina_seg.sets.synthetic import synthetic_image
 
 if TYPE_CHECKING:  # the public names have types
     from typing_extensions import assert_type
@@ -55,54 +55,48 @@ class Wrapped(nn.Module):  # a torchvision segmentation network: its logits are 
         return self.network(x)["out"]  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic dataset of 64x64: 6 training and 2 test images."""
-    return write_set(tmp_path_factory.mktemp("moves") / "set", 6, 2, (64, 64), progress=False)
-
-
 def short(data: Path, output: Path, **changes: object) -> TrainConfig:
     values = {"patches": 4, "size": 64, "epochs": 1, "fov_diameter": None, "warmup": None} | changes
     return TrainConfig.fast(data=str(data), output=str(output), **values)
 
 
-def test_an_own_network_is_trained_saved_and_used(data: Path, tmp_path: Path) -> None:
-    run = fit(short(data, tmp_path / "run"), model=MyNet(), progress=False)
-    probability = Segmenter(run.model)(read_image(list_pairs(data, "test")[0].image))
-    assert probability.shape == (64, 64) and 0 < probability.max() < 1
+def test_an_own_network_is_trained_saved_and_used(tiny_set: Path, tmp_path: Path) -> None:
+    run = fit(short(tiny_set, tmp_path / "run"), model=MyNet(), progress=False)
+    probability = Segmenter(run.model)(read_image(list_pairs(tiny_set, "test")[0].image))
+    assert probability.shape == (96, 96) and 0 < probability.max() < 1
     again, notes = load_model(run.folder, model=MyNet())
     assert notes["model"] == "MyNet" and torch.equal(again.layers[0].weight, run.model.layers[0].weight)  # type: ignore
     with pytest.raises(Exception, match="MyNet.*model="):
         load_model(run.folder)
 
 
-def test_a_registered_network_and_loss_are_used_by_name(data: Path, tmp_path: Path) -> None:
+def test_a_registered_network_and_loss_are_used_by_name(tiny_set: Path, tmp_path: Path) -> None:
     register_model("my_net", MyNet)
     register_loss("my_loss", lambda logits, masks: dice_bce_loss(logits, masks) * 2)
-    config = short(data, tmp_path / "run", model="my_net", model_arguments={"width": 6}, loss="my_loss")
+    config = short(tiny_set, tmp_path / "run", model="my_net", model_arguments={"width": 6}, loss="my_loss")
     assert fit(config, progress=False).model.layers[0].out_channels == 6  # type: ignore[union-attr,index]
     assert isinstance(Segmenter.load(tmp_path / "run").model, MyNet)
     del MODELS["my_net"], LOSSES["my_loss"]  # which other tests go through
 
 
-def test_a_torchvision_network(data: Path, tmp_path: Path) -> None:
-    run = fit(short(data, tmp_path / "run", clip=0.0), model=Wrapped(), progress=False)
+def test_a_torchvision_network(tiny_set: Path, tmp_path: Path) -> None:
+    run = fit(short(tiny_set, tmp_path / "run", clip=0.0), model=Wrapped(), progress=False)
     assert Segmenter(run.model, tta=True)(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
 
 
-def test_an_own_loss_is_the_one_that_is_minimised(data: Path, tmp_path: Path) -> None:
+def test_an_own_loss_is_the_one_that_is_minimised(tiny_set: Path, tmp_path: Path) -> None:
     asked: list[torch.Size] = []
 
     def loss(logits: Tensor, masks: Tensor) -> Tensor:  # fmt: skip
         asked.append(masks.shape)
         return dice_bce_loss(logits, masks) * 0 + logits.mean() ** 2 + 5
 
-    run = fit(short(data, tmp_path / "run"), loss=loss, progress=False)
+    run = fit(short(tiny_set, tmp_path / "run"), loss=loss, progress=False)
     assert run.history[0]["train_loss"] >= 5 and asked == [torch.Size([2, 1, 64, 64])] * 2
 
 
-def test_a_pretrained_start(data: Path, tmp_path: Path) -> None:
-    changes = {"data": str(data), "output": str(tmp_path / "run"), "patches": 2, "epochs": 1, "weights": "tiny"}
+def test_a_pretrained_start(tiny_set: Path, tmp_path: Path) -> None:
+    changes = {"data": str(tiny_set), "output": str(tmp_path / "run"), "patches": 2, "epochs": 1, "weights": "tiny"}
     config = TrainConfig.from_preset("finetune", **changes)
     run, (tiny, notes) = fit(config, progress=False), load_model("tiny")
     parameters = zip(run.model.parameters(), tiny.parameters(), strict=True)
@@ -111,38 +105,38 @@ def test_a_pretrained_start(data: Path, tmp_path: Path) -> None:
     assert load_model(run.folder)[1]["frame"] == notes["frame"]
 
 
-def test_callbacks_see_every_epoch(data: Path, tmp_path: Path) -> None:
+def test_callbacks_see_every_epoch(tiny_set: Path, tmp_path: Path) -> None:
     seen: list[tuple[float, int]] = []
     run = fit(
-        short(data, tmp_path / "run", epochs=3), progress=False,
+        short(tiny_set, tmp_path / "run", epochs=3), progress=False,
         callbacks=[lambda row, model: seen.append((row["train_loss"], sum(p.numel() for p in model.parameters())))],
     )  # fmt: skip
     assert [loss for loss, _ in seen] == [row["train_loss"] for row in run.history] and len(seen) == 3
 
 
-def test_own_data_by_pattern_and_by_csv(data: Path, tmp_path: Path) -> None:
-    usual = list_pairs(data, "train")
-    by_pattern = list_pairs(images=f"{data}/train/image/*.png", masks=f"{data}/train/mask/*.png")
+def test_own_data_by_pattern_and_by_csv(tiny_set: Path, tmp_path: Path) -> None:
+    usual = list_pairs(tiny_set, "train")
+    by_pattern = list_pairs(images=f"{tiny_set}/train/image/*.png", masks=f"{tiny_set}/train/mask/*.png")
     table = tmp_path / "pairs.csv"
     table.write_text("image,mask\n" + "\n".join(f"{pair.image},{pair.mask}" for pair in usual))
     files = [(pair.image, pair.mask) for pair in usual]
     assert [(p.image, p.mask) for p in by_pattern] == [(p.image, p.mask) for p in list_pairs(csv=table)] == files
 
 
-def test_own_data_as_a_torch_dataset_with_a_transform(data: Path, tmp_path: Path) -> None:
-    dark = DriveDataset(data / "train", transform=lambda image, mask: (image // 2, mask))
-    assert float(dark[0][0].max()) <= 0.5 and len(dark) == 6
-    run = fit(short(data, tmp_path / "run"), data=dark, progress=False)
+def test_own_data_as_a_torch_dataset_with_a_transform(tiny_set: Path, tmp_path: Path) -> None:
+    dark = DriveDataset(tiny_set / "train", transform=lambda image, mask: (image // 2, mask))
+    assert float(dark[0][0].max()) <= 0.5 and len(dark) == 4
+    run = fit(short(tiny_set, tmp_path / "run"), data=dark, progress=False)
     assert len(run.history) == 1
 
 
-def test_k_fold(data: Path, tmp_path: Path) -> None:
+def test_k_fold(tiny_set: Path, tmp_path: Path) -> None:
     held = []
-    for fold in range(3):
-        config = short(data, tmp_path / str(fold), validation="photos", held_out=2, fold=fold)
-        scores_of_fold = score(fit(config, progress=False), data, part="validation", progress=False)
+    for fold in range(2):
+        config = short(tiny_set, tmp_path / str(fold), validation="photos", held_out=2, fold=fold)
+        scores_of_fold = score(fit(config, progress=False), tiny_set, part="validation", progress=False)
         held += [row["name"] for row in scores_of_fold["images"]]
-    assert sorted(held) == sorted(pair.name for pair in list_pairs(data, "train"))
+    assert sorted(held) == sorted(pair.name for pair in list_pairs(tiny_set, "train"))
 
 
 def test_scores_of_arrays() -> None:
@@ -193,8 +187,8 @@ def test_changed_weights_are_seen_at_once() -> None:
     assert not np.array_equal(before, changed) and len(np.unique(segmenter(image))) <= 2
 
 
-def test_a_table_by_image_and_a_roc_curve(data: Path) -> None:
-    result = score(Segmenter.load("tiny"), data, protocol="native", progress=False)
+def test_a_table_by_image_and_a_roc_curve(tiny_set: Path) -> None:
+    result = score(Segmenter.load("tiny"), tiny_set, protocol="native", progress=False)
     table = result.table  # a pandas DataFrame where pandas is installed, else a list of rows
     assert len(table) == 2 and {"name", "fov_f1"} <= set(table[0] if isinstance(table, list) else table.columns)
     curve: RankingHistogram = result.rankings["fov"]

@@ -100,8 +100,8 @@ def menu_bar(image, fov):
     return image
 
 
-def bars_over_all_corners(image, fov):
-    image = menu_bar(image, fov)
+def bars_over_all_corners(*_):
+    image = menu_bar(retina(ROUND), ROUND)
     image[-24:], image[24:-24, :50] = 180, 190
     return image
 
@@ -118,10 +118,7 @@ SITUATIONS = {  # name: (the field of view, what happens to its image)
     "dark patch at the rim": (ROUND, lambda image, _: image * ~disc(300, 400, 25, (150, 70))[..., None]),
     "text": (ROUND, text),
     "menu bar": (ROUND & (ROWS >= 24), lambda _, __: menu_bar(retina(ROUND), ROUND)),
-    "bars over all corners": (
-        ROUND & (ROWS >= 24) & (ROWS < 276) & (np.arange(400) >= 50),
-        lambda _, __: bars_over_all_corners(retina(ROUND), ROUND),
-    ),
+    "bars over all corners": (ROUND & (ROWS >= 24) & (ROWS < 276) & (np.arange(400) >= 50), bars_over_all_corners),
     "cut flat inside the frame": (ROUND & (ROWS >= 40) & (ROWS < 262), lambda image, fov: image * fov[..., None]),
     "longer axis": (OVAL, lambda image, _: image),
     "grey": (ROUND, lambda image, _: image.max(axis=2, keepdims=True).repeat(3, axis=2)),

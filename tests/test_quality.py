@@ -29,18 +29,16 @@ def grade(image: np.ndarray) -> tuple[str, str]:
     return quality(image, fov, probability, probability > segmenter.threshold)
 
 
-RANDOM = np.random.default_rng(0)
 FUNDUS = cv2.resize(sample("retina"), (700, 700), interpolation=cv2.INTER_AREA)
-BLURRED = cv2.GaussianBlur(FUNDUS, (0, 0), 8 * fov_diameter(find_fov(FUNDUS)) / 540)
 CASES = {
     "fundus": (FUNDUS, "yes", ""),
     "black": (np.zeros((300, 300, 3), np.uint8), "no", "black"),
     "white": (np.full((300, 300, 3), 255, np.uint8), "no", "overexposed"),
-    "noise": (RANDOM.integers(0, 256, (300, 300, 3)).astype(np.uint8), "no", "few vessels"),
+    "noise": (np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8), "no", "few vessels"),
     "text": (sample("page"), "no", "no field of view"),
     "face": (sample("astronaut"), "doubtful", "no field of view"),
     "mask": (np.repeat(np.uint8(255) * (sample("retina")[..., 1:2] > 80), 3, axis=2), "no", "overexposed"),
-    "blurred": (BLURRED, "no", "blurred"),
+    "blurred": (cv2.GaussianBlur(FUNDUS, (0, 0), 8 * fov_diameter(find_fov(FUNDUS)) / 540), "no", "blurred"),
     "small": (cv2.resize(FUNDUS, (200, 200), interpolation=cv2.INTER_AREA), "doubtful", "small"),
     "tiny": (cv2.resize(FUNDUS, (48, 48), interpolation=cv2.INTER_AREA), "no", "small"),
     "one pixel": (FUNDUS[:1, :1], "no", "black"),
