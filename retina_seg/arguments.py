@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=modules)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     presets = "\n".join(["", "presets:", *(f"  {name:<10}{preset.summary}" for name, preset in PRESETS.items())])
-    for name, (call, summary, example, arguments) in COMMANDS.items():
+    for name, (_, summary, example, arguments) in COMMANDS.items():
         trains = name in ("run", "train")
         one = commands.add_parser(
             name,
@@ -49,7 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=f"example: retina-seg {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        one.set_defaults(call=call)
         for argument_name, how in arguments:
             one.add_argument(argument_name, **how)
         if trains:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retina_seg.arguments import argument, build_parser, command, given_options
+from retina_seg.arguments import COMMANDS, argument, build_parser, command, given_options
 from retina_seg.config import ENGINE_PRECISIONS, ENGINES, PRESETS, TrainConfig
 from retina_seg.sets.files import PARTS
 from retina_seg.sets.prepare import SETS, SPLITS
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for module in options.modules:
             _import(module)
-        return options.call(options) or 0
+        return COMMANDS[options.command][0](options) or 0
     except UserError as error:
         return _fail(str(error), 2)
     except FloatingPointError as error:
@@ -100,20 +100,16 @@ def _data(options: argparse.Namespace, default: Any = "Data1") -> Any:
     one = options.data or options.pairs
     if len(patterns) == 1 or (patterns and one) or (options.data and options.pairs):
         raise UserError("give --data, or --pairs, or both --images and --masks")
-    if not patterns:
-        return one or default
     for name, files in patterns.items():
         if len(files) > 1:  # the shell has put in the files
             raise UserError(f'--{name} {files[0]} …: put the pattern in quotes, as --{name} "folder/*.png"')
-    return {name: files[0] for name, files in patterns.items()}
+    return {name: files[0] for name, files in patterns.items()} or one or default
 
 
 WEIGHTS = argument("--weights", "pretrained weights (general, drive, tiny), a file, or a run's folder", "general")
 THRESHOLD = argument("--threshold", "vessel above this probability (default: the checkpoint's)", type=float)
-PROTOCOL = (
-    "notebook: 512x512, aspect ratio not kept, threshold 0.5, as the original; native: the images' own size, inside the "
-    "field of view"
-)
+PROTOCOL = "notebook: 512x512, aspect ratio not kept, threshold 0.5, as the original; native: the images' own size, "
+PROTOCOL += "inside the field of view"
 RUNS = argument("runs", "folders of runs", nargs="+", metavar="RUN")
 PIXEL_SIZE = argument("--pixel-size", "micrometres a pixel, for measures in micrometres", type=float)
 STYLE = argument("--style", "label style: auto, fine, balanced, bold or a dataset's name (default: the checkpoint's)")
@@ -167,8 +163,7 @@ def _predict(options: argparse.Namespace) -> int:
     given = {name: value for name, value in (choices | computed | measures).items() if value and value != "auto"}
     made_with += [name if value is True else f"{name}={value}" for name, value in given.items()]
     with process_group() as world:
-        how = given_options(options, "output", "overwrite", "save")
-        plan = plan_images(options.images, made_with=" ".join(made_with), **how)
+        plan = plan_images(options.images, options.output, " ".join(made_with), options.overwrite, options.save)
         if not options.dry_run:
             segmenter = Segmenter.load(path, device=str(world.device(options.device)), **choices, **computed)
             rows = segment_images(segmenter, plan, options.jobs, world=world, **measures)
@@ -181,8 +176,7 @@ def _predict(options: argparse.Namespace) -> int:
         _say(f"dry run: {len(plan.begun)} to segment, {len(plan.images) - len(plan.begun)} done before: {where}")
         return 0
     skipped, failed = sum(row["skipped"] for row in rows), [row for row in rows if row["status"] != DONE]
-    for row in failed:
-        _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    _say(*(f"retina-seg: {row['input']}: {row['status']}" for row in failed), file=sys.stderr)
     if doubtful := sum(row["gradable"] in ("doubtful", "no") for row in rows):
         _say(f"{doubtful} doubtful or not gradable: see gradable and remark in {Path(options.output, 'summary.csv')}")
     _say(f"{len(rows) - len(failed) - skipped} segmented, {skipped} done before, {len(failed)} failed: {where}")
@@ -215,9 +209,8 @@ def _run(options: argparse.Namespace) -> None:
     check_apart(training, tested)
     _say(f"{folder}: {len(training)} training and {len(tested)} test images")
     preset = options.preset or ("quick" if synthetic else "fast")
-    chosen = folder if isinstance(folder, dict) else str(folder)
-    changes = {**given_options(options), "data": chosen, "output": str(free_folder(options.output))}
-    run = fit(TrainConfig.from_preset(preset, **changes))
+    where = {"data": folder if isinstance(folder, dict) else str(folder), "output": str(free_folder(options.output))}
+    run = fit(TrainConfig.from_preset(preset, **given_options(options), **where))
     value = test(run.folder, folder, run.folder)
     print(table(value))
     _say(*original_lines(value), f"written to {run.folder}: metrics.json, curves.png, contact_sheet.png, images/")
@@ -244,8 +237,7 @@ def _train(options: argparse.Namespace) -> None:
         changes["data"] = data[0] if isinstance(data, list) and len(data) == 1 else data
     if options.resume:
         # how it is computed may change with the machine, what is computed may not
-        if other := [name for name in changes if name not in ("device", "workers", "epochs")]:
-            given = ", ".join("--" + name.replace("_", "-") for name in other)
+        if given := ", ".join("--" + n.replace("_", "-") for n in changes if n not in ("device", "workers", "epochs")):
             raise UserError(f"--resume goes on by the run's own config; leave out {given}, or train anew with --config")
         if not (path := user_path(options.resume) / "config.json").exists():
             raise UserError(f"{options.resume}: holds no run to go on with; train without --resume")
@@ -315,9 +307,8 @@ def _compare(options: argparse.Namespace) -> None:
 def _threshold(options: argparse.Namespace) -> None:
     from retina_seg.analysis.threshold import threshold
 
-    how = given_options(options, "output", "protocol", *EXACT_NAMES)
-    _say(*threshold(options.runs, _data(options), **how))
-    _say(f"written to {options.output}: thresholds.csv, thresholds.png")
+    lines = threshold(options.runs, _data(options), **given_options(options, "output", "protocol", *EXACT_NAMES))
+    _say(*lines, f"written to {options.output}: thresholds.csv, thresholds.png")
 
 
 @command(
@@ -334,8 +325,7 @@ def _degrade(options: argparse.Namespace) -> None:
     from retina_seg.analysis.degrade import degrade
 
     how = given_options(options, "output", "part", "threshold", *EXACT_NAMES)
-    _say(*degrade(options.weights, _data(options), **how))
-    _say(f"written to {options.output}: degrade.csv, degrade.png")
+    _say(*degrade(options.weights, _data(options), **how), f"written to {options.output}: degrade.csv, degrade.png")
 
 
 @command(
@@ -355,8 +345,7 @@ def _measure(options: argparse.Namespace) -> int:
     how = given_options(options, "output", "pixel_size", "discs", "fov", "against")
     rows, agreement = measure_masks(options.masks, **how)
     failed = [row for row in rows if row["status"] != DONE]
-    for row in failed:
-        _say(f"retina-seg: {row['input']}: {row['status']}", file=sys.stderr)
+    _say(*(f"retina-seg: {row['input']}: {row['status']}" for row in failed), file=sys.stderr)
     _say(*agreement_lines(agreement), f"{len(rows) - len(failed)} measured, {len(failed)} failed: {options.output}")
     return int(bool(failed))
 

@@ -24,9 +24,7 @@ __all__ = ["DriveDataset", "FrameDataset", "Pair", "PatchDataset", "list_pairs",
 Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def split_by_photo(
-    pairs: Sequence[Pair], validation: float | int, seed: int, fold: int = 0
-) -> tuple[list[Pair], list[Pair]]:
+def split_by_photo(pairs: Sequence[Pair], validation: float, seed: int, fold: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Split `pairs` into (training, validation) so that all variants of a photo, and both eyes of a person, stay on one side.
 
     Args:
@@ -160,10 +158,8 @@ class FrameDataset(Dataset):
         for pair in pairs:
             image, mask, fov = load_with_fov(pair)
             place = frame.place(fov)
-            arrays = [
-                transforms.pad_to_stride(a, stride, frame.margin)[0]
-                for a in (place.enter(image), place.enter_mask(mask))
-            ]
+            placed = place.enter(image), place.enter_mask(mask)
+            arrays = [transforms.pad_to_stride(array, stride, frame.margin)[0] for array in placed]
             self.items.append((*arrays, *([datasets.index(pair.dataset)] if datasets else [])))
 
     def __len__(self) -> int:

@@ -69,14 +69,9 @@ def _pillow(file: BinaryIO, image: Any = None) -> Frame:
 
     def decode() -> tuple[Image.Image, str]:
         file.seek(0)
-        deep, said, bits = None, "", 0
-        if image.format == "PNG":
-            bits = file.read(25)[24]
-        elif image.format in ("JPEG2000", "PPM"):
-            bits = 16  # at most
-        if bits > 8:
-            file.seek(0)
-            deep, said = _opencv(file.read(), bits)
+        bits = {"PNG": file.read(25)[-1], "JPEG2000": 16, "PPM": 16}.get(image.format, 0)  # of the last two at most
+        file.seek(0)
+        deep, said = _opencv(file.read(), bits) if bits > 8 else (None, "")
         if deep is None:
             upright = ImageOps.exif_transpose(image)
             upright.format = image.format

@@ -1,7 +1,5 @@
 """Device, precision, memory and threads: how a network is computed here, and what a figure depends on besides its config."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -12,16 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from retina_seg import __version__
 from retina_seg.config import PRECISIONS
-from retina_seg.utils import UserError, prefetch
+from retina_seg.utils import R, T, UserError, prefetch
 
-T = TypeVar("T")
-R = TypeVar("R")
 IMAGES_AT_ONCE = 4  # more would mostly take more memory
 
 
@@ -41,9 +37,7 @@ def has_bfloat16_units(device: torch.device) -> bool:
     """Whether bfloat16 is computed by matrix units here: elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type != "cpu":
-        return False
-    return has_flag("amx_bf16", "avx512_bf16")
+    return device.type == "cpu" and has_flag("amx_bf16", "avx512_bf16")
 
 
 def processor_info() -> dict[str, str]:

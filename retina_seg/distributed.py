@@ -3,9 +3,8 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,7 @@ from retina_seg.utils import UserError
 TIMEOUT = timedelta(hours=6)  # a rank may wait that long for another's validation or last images
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """The processes that share a task, seen from one of them: its rank, how many there are, and its device."""
 
     rank: int = 0

@@ -47,12 +47,10 @@ def find_discs(image: np.ndarray) -> list[np.ndarray]:
     if not found and bright <= BLACK:
         return []
     # a little larger: a vessel lost outside costs more than a rim scored inside
-    outlines = [np.clip(d.ellipse[:2] + (d.ellipse[2:] + 0.2) * CIRCLE, d.low, d.high) for d in found]
-    outlines = [
-        cv2.convexHull(np.concatenate([outline, disc.tabs]).astype(np.float32))[:, 0].astype(float)
-        for outline, disc in zip(outlines, found, strict=True)
-    ]
-    return [_fill(outline * zoom + offset, *image.shape[:2]) for outline in outlines or [_hull(small, surrounds[0])]]
+    rims = [np.clip(d.ellipse[:2] + (d.ellipse[2:] + 0.2) * CIRCLE, d.low, d.high) for d in found]
+    points = [np.concatenate([rim, d.tabs]).astype(np.float32) for rim, d in zip(rims, found, strict=True)]
+    outlines = [cv2.convexHull(some)[:, 0].astype(float) for some in points] or [_hull(small, surrounds[0])]
+    return [_fill(outline * zoom + offset, *image.shape[:2]) for outline in outlines]
 
 
 def _shrink(image: np.ndarray) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:

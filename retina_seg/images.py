@@ -18,10 +18,8 @@ from PIL import Image
 from retina_seg.decode import FORMATS, as_8_bits, file_format, open_frame, scale_to_8_bits
 from retina_seg.utils import UserError, atomic_write, file_kind, natural_sort, user_path
 
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif", ".webp", ".avif"),
-    *(".jp2", ".j2k", ".heic", ".heif", ".dcm", ".dicom"),
-)
+_ENDINGS = "png jpg jpeg jpe jfif tif tiff bmp ppm pgm gif webp avif jp2 j2k heic heif dcm dicom"
+IMAGE_SUFFIXES = tuple(f".{ending}" for ending in _ENDINGS.split())
 MAX_PIXELS = 178_000_000  # a 12,000 x 9,000 image has 108 million; Pillow itself refuses above 178.9 million
 MAX_BYTES = 2**30
 DIM, MOST_GREY = 192, 0.15  # a mask that nowhere reaches this is dim, and no mask if so much of it lies between
@@ -47,10 +45,7 @@ def _unknown(path: Path, start: bytes) -> str:
 
 
 def _read(path: str | Path, convert: Callable[[Image.Image], tuple[np.ndarray, str]] | None = None) -> tuple[Any, Any]:
-    """What `convert` makes of the largest frame in a file, and all remarks; without `convert` its height and width.
-
-    Whatever decoders raise becomes a `UserError`.
-    """
+    """What `convert` makes of the largest frame, and all remarks; without it height and width. Raises `UserError` alone."""
     path, start = user_path(path), b""
     try:
         if not path.is_file():

@@ -31,8 +31,7 @@ def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
     0.333333
     """
     if logits.shape != targets.shape:
-        shapes = [*logits.shape], [*targets.shape]
-        raise ValueError("logits {} and targets {} differ in shape".format(*shapes))
+        raise ValueError(f"logits {[*logits.shape]} and targets {[*targets.shape]} differ in shape")
     probability = torch.sigmoid(logits.float()).flatten()
     targets = targets.float().flatten()
     overlap = (probability * targets).sum()

@@ -12,7 +12,7 @@ harmonic mean of the share of the predicted centre line inside the mask and of t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -148,8 +148,7 @@ def _scores(counts: Counts, ranked: tuple[float, float], lines: LineCounts) -> d
     return {**scores_from_counts(counts), "auc": ranked[0], "average_precision": ranked[1], "cldice": cldice(lines)}
 
 
-@dataclass(frozen=True)
-class ImageScores:
+class ImageScores(NamedTuple):
     """The counts of one image in one region, and its scores by name (`SCORES`), NaN where undefined."""
 
     counts: Counts
@@ -202,8 +201,7 @@ def scores(
     return score_image(mask, predicted, probability, {"": fov})[""].scores
 
 
-@dataclass(frozen=True)
-class SetScores:
+class SetScores(NamedTuple):
     """The scores of a set of images in one region."""
 
     images: Sequence[ImageScores]
@@ -247,6 +245,5 @@ def threshold_scores(mask: np.ndarray, probability: np.ndarray) -> dict[str, np.
     vessel, background = np.sort(probability[mask]), np.sort(probability[~mask])
     # at or below each threshold: false negatives, true negatives
     fn, tn = (np.searchsorted(pixels, THRESHOLDS, "right").tolist() for pixels in (vessel, background))
-    counts = [Counts(vessel.size - n, background.size - t, n, t) for n, t in zip(fn, tn, strict=True)]
-    rows = list(map(scores_from_counts, counts))
+    rows = [scores_from_counts(Counts(vessel.size - n, background.size - t, n, t)) for n, t in zip(fn, tn, strict=True)]
     return {name: np.array([row[name] for row in rows]) for name in ("f1", "recall", "precision", "accuracy")}

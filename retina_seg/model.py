@@ -68,8 +68,7 @@ class AttentionGate(nn.Module):
         self.Wg = _conv_norm(gate, out_channels, kernel)
         self.Ws = _conv_norm(skip, out_channels, kernel)
         self.Wv = _conv_norm(gate + skip, out_channels)
-        weights = nn.Conv2d(out_channels, out_channels, 1)
-        self.output = nn.Sequential(weights, nn.Sigmoid())
+        self.output = nn.Sequential(nn.Conv2d(out_channels, out_channels, 1), nn.Sigmoid())
 
     def attention(self, gate: Tensor, skip: Tensor) -> Tensor:
         """The weights a, (N, out, H, W) in (0, 1)."""
@@ -182,9 +181,7 @@ class FastAttentionUNet(nn.Module):
     stride = 8
     receptive_field = 160  # pixels to either side that a pixel's logit depends on, at most
 
-    def __init__(
-        self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1, styles: int = 1
-    ) -> None:
+    def __init__(self, width: int = 32, deepest: int = 64, fine: int = 12, dropout: float = 0.1, styles: int = 1):
         super().__init__()
         w1, w2, w3 = width, 2 * width, deepest
         self.unshuffle: nn.Module = nn.PixelUnshuffle(2)

@@ -1,7 +1,5 @@
 """Whether a fundus image can be trusted: facts with limits, set with `general` (results/log/20-measurements.md)."""
 
-from __future__ import annotations
-
 from math import inf
 
 import cv2

@@ -56,8 +56,7 @@ def score_pairs(
     mean over images; "rankings": region -> `RankingHistogram`. Raises `UserError` as `predict_pairs`.
     """
     how = get_protocol(protocol)
-    threshold = threshold if threshold is not None else how.threshold or segmenter.threshold
-    check_threshold(threshold)
+    threshold = check_threshold(threshold if threshold is not None else how.threshold or segmenter.threshold)
 
     def score(sample: Sample) -> tuple:
         predicted, second = sample.probability > threshold, sample.second_observer

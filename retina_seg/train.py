@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,10 @@ def train(
             loss = loss + distillation_loss(logits, taught)
         loss.backward()
         losses.append(loss.detach())
-        gradients = [value.grad for value in model.parameters() if value.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
         if not torch.isfinite(norm):
             what = "gradient" if torch.isfinite(loss) else "loss"
             raise NotFinite(f"the {what} is not finite at step {len(losses)} of this pass")
-        if clip:
-            nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
         optimizer.step()
         if after_step:
             after_step()
@@ -125,8 +122,7 @@ def _mean(values: list[Tensor]) -> float:
     return torch.stack(values).mean().item()
 
 
-@dataclass(frozen=True)
-class _Data:
+class _Data(NamedTuple):
     """What a config trains and validates on."""
 
     training: Any
@@ -166,11 +162,9 @@ def _open_data(config: TrainConfig, stride: int, given: Any = None) -> _Data:
     drawn = (side, config.patches, how, config.seed, normalise := config.normalise == "fov", styles)
     patches = data.PatchDataset(training, config.fov_diameter, *drawn)
     diameter = patches.frame.fov_diameter
-    if config.largest_diameter and not diameter <= config.largest_diameter <= LARGEST_SIDE:
-        raise UserError(
-            f"--largest-diameter {config.largest_diameter}: must lie between {diameter:g} and {LARGEST_SIDE}"
-        )
-    frame = FovFrame(diameter, config.largest_diameter, normalise)
+    if (largest := config.largest_diameter) and not diameter <= largest <= LARGEST_SIDE:
+        raise UserError(f"--largest-diameter {largest}: must lie between {diameter:g} and {LARGEST_SIDE}")
+    frame = FovFrame(diameter, largest, normalise)
     datasets = patches.datasets if styles else []
     whole = data.FrameDataset(validation, frame, stride, datasets) if validation else None
     return _Data(patches, whole, training, validation, frame, datasets)
@@ -288,9 +282,8 @@ class _Loop:
         self.precision = choose_precision(config.precision, device)
         layout: Any = training_layout(device, self.precision)
         self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.teacher = load_teacher(config.teacher, opened.frame, opened.datasets) if config.teacher else None
-        if self.teacher:
-            self.teacher.to(device, memory_format=layout)  # type: ignore[call-overload]
+        teacher = load_teacher(config.teacher, opened.frame, opened.datasets) if config.teacher else None
+        self.teacher = teacher and teacher.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.parallel = world.parallel(self.model, device)
         self.optimizer = make_optimizer(model, config)
         self.ema = EMA(model, config.ema) if config.ema and world.is_main else None

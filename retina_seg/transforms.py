@@ -6,7 +6,7 @@ Training, validation, inference and the ONNX metadata use the same frames.
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -41,8 +41,7 @@ def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, levels) * inside[:, :, None]
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """How one image lies in a frame: `box` is cut out of it and resized to `size`."""
 
     box: tuple[int, int, int, int]  # top, left, bottom, right, pixels
@@ -229,14 +228,13 @@ def augment_geometry(
     # patches stay inside the image where it is larger than they are, so that black surround is not learnt at length
     sides = np.array(mask.shape)
     slack = np.maximum(0, (sides - size) / 2 + size / 8)
-    row, column = sides / 2 + rng.uniform(-slack, slack)
+    centre = (sides / 2 + rng.uniform(-slack, slack))[::-1]  # x, y
     exact = rng.random() < how.exact
     angle = rng.integers(4) * np.pi / 2 if exact else np.deg2rad(rng.uniform(-how.rotate, how.rotate))
     scale, stretch = (1.0, 1.0) if exact else np.exp(rng.normal(0, [how.scale, how.stretch]))
     mirror = -1.0 if how.flip and rng.random() < 0.5 else 1.0
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     linear = turn @ np.diag([mirror / (scale * stretch), stretch / scale])  # patch to image, (x, y)
-    centre = np.array([column, row])
     if exact:  # whole pixels onto whole pixels
         linear = np.round(linear)
         centre = np.floor(centre) + (size % 2 == 0) * 0.5
@@ -281,8 +279,7 @@ def augment_colour(image: np.ndarray, how: Augmentation, rng: np.random.Generato
         image = image + rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
     image = np.clip(image, 0, 1, dtype=np.float32)
     if how.jpeg and rng.random() < how.jpeg:
-        coded = jpeg(np.rint(image * 255).astype(np.uint8), int(rng.integers(15, 81)))
-        image = coded.astype(np.float32) / 255
+        image = jpeg(np.rint(image * 255).astype(np.uint8), int(rng.integers(15, 81))).astype(np.float32) / 255
     if how.levels and rng.random() < how.levels:
         count = np.float32(rng.uniform(8, 48))
         image = np.clip(np.rint(image * count) / count, 0, 1)

@@ -46,12 +46,11 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-_KINDS = {  # what a file's first bytes tell
+_KINDS: dict[bytes | tuple[bytes, ...], str] = {  # what a file's first bytes tell, in small letters
     b"version https://git-lfs": "a Git LFS pointer, the file itself was not downloaded; run git lfs pull",
-    b"<!doctype": "an HTML page, as a download that needs a login gives; download it again",
-    b"<html": "an HTML page, as a download that needs a login gives; download it again",
-    b"%PDF": "a PDF; save the images in it one by one",
-    b"PK\x03\x04": "a ZIP archive, or a checkpoint; unpack the one, give the other to --weights",
+    (b"<!doctype", b"<html"): "an HTML page, as a download that needs a login gives; download it again",
+    b"%pdf": "a PDF; save the images in it one by one",
+    b"pk\x03\x04": "a ZIP archive, or a checkpoint; unpack the one, give the other to --weights",
     b"\x1f\x8b": "a gzip archive; unpack it",
 }
 
@@ -63,7 +62,7 @@ def file_kind(path: str | Path) -> str | None:
     if not start:
         return "an empty file; copy or download it again"
     begins = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    known = next((kind for mark, kind in _KINDS.items() if begins.startswith(mark.lower())), None)
+    known = next((kind for mark, kind in _KINDS.items() if begins.startswith(mark)), None)
     return known or (None if set(start) - {9, 10, 13, *range(32, 127)} else "a text file")
 
 
@@ -207,8 +206,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]], digits: int
     if header:
         writer.writeheader()
     for row in rows:
-        shown = {k: f"{v:.{digits}g}" if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()}
-        writer.writerow({k: "" if v is None or isinstance(v, float) else v for k, v in shown.items()})
+        writer.writerow({k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in without_nan(row).items()})
     return text.getvalue()
 
 

@@ -1,7 +1,5 @@
 """How well two methods agree on what both have measured: intraclass correlation, bias, limits of agreement."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

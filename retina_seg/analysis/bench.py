@@ -5,8 +5,6 @@ scikit-learn. It runs in a process of its own, with memory as the system's alloc
 `device.memory_kept` alone. Its code is written anew, not copied.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import multiprocessing
@@ -45,12 +43,7 @@ Task = tuple[str, int, dict[str, Call], Callable[[], Call]]
 
 
 def bench(
-    output: str | Path = "results/run-bench",
-    rounds: int = 5,
-    images: int = 20,
-    size: int = 512,
-    device: str = "cpu",
-    progress: bool = True,
+    output: str | Path, rounds: int = 5, images: int = 20, size: int = 512, device: str = "cpu", progress: bool = True
 ) -> dict[str, Any]:
     """Measure a forward pass, a call, a whole test and a folder of images; write `output`/bench.json.
 

@@ -3,8 +3,6 @@
 A segment runs from a branch point or end to the next. Lengths are in pixels, coordinates are y, x.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import cv2

@@ -12,8 +12,6 @@ Regions: the whole field; its quadrants by the middle of its box, `top_left_` â€
 the field, `zone_c_inside_pct`, and then says little.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -27,7 +25,6 @@ from retina_seg.fov import fov_box, fov_diameter
 SHORTEST = 0.02  # of the field's diameter: shorter pieces have no tortuosity
 ZONES = {"zone_b_": (1.0, 1.5), "zone_c_": (1.0, 2.5)}  # disc diameters from the disc's centre
 PARTS = np.rint(2 ** np.arange(2, 13, 0.5)).astype(int)  # boxes along the mask's longer side, of 2 pixels or more
-Measurements = dict[str, float | None]
 Found = dict[str, float]  # in pixels; NaN where undefined
 Regions = dict[str, tuple[np.ndarray, float | None]]  # see `_regions`
 
@@ -38,7 +35,7 @@ def measure(
     pixel_size: float | None = None,
     disc: Sequence[float] | None = None,
     quadrants: bool = True,
-) -> Measurements:
+) -> dict[str, float | None]:
     """The measures of a mask by name, in the whole field of view, its quadrants, and zones B and C around the optic disc.
 
     Args:
@@ -70,11 +67,8 @@ def measure(
         if whole is not None:
             values[f"{prefix}inside_pct"] = 100 * np.count_nonzero(region) / whole + 0 * diameter
         region = np.rot90(region[:, ::step], turns)
-        found = _area_and_length(vessels, region, lines)
-        found |= _calibre(region, lines)
-        found |= _points(region, lines)
-        found |= _tortuosity(region, lines, SHORTEST * diameter)
-        found |= fractal_dimensions(vessels & region)
+        found = _area_and_length(vessels, region, lines) | _calibre(region, lines) | _points(region, lines)
+        found |= _tortuosity(region, lines, SHORTEST * diameter) | fractal_dimensions(vessels & region)
         values |= {prefix + name: value for name, value in _in_units(found, diameter, pixel_size).items()}
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 

@@ -1,7 +1,5 @@
 """Folders of vessel masks -> a table of measures (`measure`), and of the agreement of two folders (`agreement`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,9 +111,8 @@ def _read_discs(table: str | Path) -> dict[str, tuple[float, ...]]:
         try:
             discs[name] = tuple(float(row[column]) for column in DISC[1:])
         except (TypeError, ValueError):
-            raise UserError(
-                f"{table}: the optic disc of {name} has no numbers; give x, y and diameter in pixels"
-            ) from None
+            remedy = "give x, y and diameter in pixels"
+            raise UserError(f"{table}: the optic disc of {name} has no numbers; {remedy}") from None
     return discs
 
 

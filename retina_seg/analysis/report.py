@@ -1,7 +1,5 @@
 """One page to look at: the images of a summary with their vessels, measures and remarks, sortable and filterable."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -43,9 +41,8 @@ def write_report(output: str | Path, settings: Mapping[str, Any]) -> Path:
     shown = [{name: row.get(name) for name in names} | {"preview": source(row["name"])} for row in rows]
     columns = []
     for name in names:
-        values = [row[name] for row in shown if row[name] is not None]
-        column = {"name": name, "title": name.replace("_", " ")}
-        column["number"] = bool(values) and all(isinstance(value, (int, float)) for value in values)
+        numbers = [isinstance(row[name], (int, float)) for row in shown if row[name] is not None]
+        column = {"name": name, "title": name.replace("_", " "), "number": bool(numbers) and all(numbers)}
         columns.append(column | {"chart": name not in NO_MEASURES})
     grades = Counter(row["gradable"] for row in shown if row.get("gradable"))
     counts = f"{len(rows)} images" + "".join(f", {grades[grade]} gradable: {grade}" for grade in grades)

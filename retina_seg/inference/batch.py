@@ -9,18 +9,16 @@ Each process appends its rows to `.summary.<rank>.csv`, image by image. Rank 0 m
 next call does. Several processes need an output folder that all of them see.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import hashlib
 import math
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import cv2
@@ -44,6 +42,7 @@ SAVED = "masks,probability,overlay"  # by default
 OUTPUTS = tuple(SAVES[name].removesuffix(".png") for name in SAVED.split(","))
 SUMMARIES = ("summary.csv", "summary.json")
 NUMBERS = ("width", "height", "fov_diameter", "vessel_percent", "seconds", "size", "mtime_ns")
+# the status last, so that a row cut short is not taken for whole
 COLUMNS = ("input", "name", *NUMBERS, "made_with", "gradable", "remark", "status")
 MEASURES = (  # columns before the status; empty where undefined, those in micrometres without a pixel size
     *("length_density_per_fov", "length_density_per_mm"),  # the area density is vessel_percent
@@ -160,7 +159,7 @@ def segment_images(
         utils.create_dir(output)
         _merge(output)
     world.barrier()
-    large_turn = threading.Lock()
+    large_turn = Lock()
 
     def segment(row: dict[str, Any]) -> dict[str, Any]:
         old = () if "size" in row else _files(output, row["name"])  # of another image or other settings
@@ -169,7 +168,7 @@ def segment_images(
         files = dict(zip(saves, _files(output, row["name"], saves), strict=True))
         return row | _segment(segmenter, images[row["input"]][0], files, large_turn, measure, pixel_size)
 
-    columns = _columns(MEASURES * measure)
+    columns = (*COLUMNS[:-1], *(MEASURES * measure), COLUMNS[-1])
     part, share = output / f".summary.{world.rank}.csv", list(begun.values())[world.rank :: world.size]
     utils.write_csv(part, columns, share)  # so that a killed call leaves no file that no row names
     try:
@@ -295,12 +294,7 @@ def check_pixel_size(pixel_size: float | None) -> None:
 
 
 def _segment(
-    segmenter: Segmenter,
-    path: Path,
-    files: dict[str, Path],
-    large_turn: threading.Lock,
-    measured: bool,
-    pixel_size: float | None,
+    segmenter: Segmenter, path: Path, files: dict[str, Path], large_turn: Lock, measured: bool, pixel_size: float | None
 ) -> dict[str, Any]:
     """Segment the image at `path` into `files`; its row's other cells. What is wrong with the image is its status."""
     with contextlib.ExitStack() as stack:
@@ -343,10 +337,6 @@ def _measure(vessels: np.ndarray, fov: np.ndarray, pixel_size: float | None) -> 
     return {name: found.get(name) for name in MEASURES}
 
 
-def _columns(measures: Sequence[str]) -> tuple[str, ...]:
-    return (*COLUMNS[:-1], *measures, COLUMNS[-1])  # the status last, so that a row cut short is not taken for whole
-
-
 def _read_rows(output: Path) -> Rows:
     """All rows that processes have written into `output`, also those of a killed call. Raises `UserError`: no summary."""
     summary: Rows = {}
@@ -355,8 +345,7 @@ def _read_rows(output: Path) -> Rows:
             rows = utils.read_csv(path, COLUMNS) if os.path.lexists(path) else []
         except UserError as error:
             raise UserError(f"{error}; remove it or choose another --output") from None
-        # a killed process may leave half a row
-        summary |= {row["input"]: row for row in rows if None not in row.values()}
+        summary |= {row["input"]: row for row in rows if None not in row.values()}  # a kill may leave half a row
     return summary
 
 
@@ -371,7 +360,7 @@ def _merge(output: Path) -> Rows:
     summary, parts = _read_rows(output), list(output.glob(".summary.*.csv"))
     if parts:
         rows = sorted(summary.values(), key=lambda row: utils.natural_key(row["name"]))
-        columns = _columns([name for name in MEASURES if any(row.get(name) for row in rows)])
+        columns = (*COLUMNS[:-1], *(name for name in MEASURES if any(row.get(name) for row in rows)), COLUMNS[-1])
         utils.write_csv(output / "summary.csv", columns, rows)
         numbers = NUMBERS + MEASURES
         shown = [{n: number(row.get(n, "")) if n in numbers else row[n] for n in columns} for row in rows]

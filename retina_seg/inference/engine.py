@@ -4,8 +4,6 @@ torch runs on every device. OpenVINO (the extra "openvino") runs the networks of
 where the range of their activations is known (`export.calibrate`).
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import operator
@@ -29,7 +27,6 @@ from retina_seg.utils import UserError, read_json
 
 Ranges = dict[str, tuple[float, float]]  # name of a convolution -> least and greatest value of its input
 CPU = torch.device("cpu")
-HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # OpenVINO's names
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.int8: 0.3}  # of a difference, share of the largest logit
 
 
@@ -130,15 +127,10 @@ class OpenvinoNetwork:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        precision: torch.dtype,
-        threads: int,
-        ranges: Ranges | None = None,
-        usual: tuple[int, ...] = (),
+        self, model: nn.Module, precision: torch.dtype, threads: int, ranges: Ranges | None = None, usual: tuple = ()
     ) -> None:
         bfloat16 = precision is torch.bfloat16 or (precision is torch.int8 and has_bfloat16_units(CPU))
-        self.hint, self.threads = HINTS[torch.bfloat16 if bfloat16 else torch.float32], threads
+        self.hint, self.threads = "bf16" if bfloat16 else "f32", threads  # OpenVINO's names
         folded = fold_batch_norm(copy.deepcopy(model).eval())
         self.graph = openvino_graph(folded, (ranges or {}) if precision is torch.int8 else {})
         # by the threads of a call, and whether its image has the usual size

@@ -4,8 +4,6 @@ The file takes an image and gives its vessels: the image's way into the network'
 It is written only where onnxruntime predicts with it what torch predicts.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable
@@ -43,10 +41,18 @@ def export(weights: str | Path, output: str | Path, style: str | None = None) ->
     packages, a difference that is too large.
     """
     checkpoint, output = find_weights(weights), user_path(output)
-    notes = load_checkpoint(checkpoint)
     segmenter = Segmenter.load(checkpoint, style=style, device="cpu", engine="torch", precision="float32")
-    values = metadata(segmenter, weights_id(checkpoint))
-    if styles := notes.get("styles"):
+    values = {  # what the file says of itself
+        "notice": "For learning and research; not a medical device.",
+        "retina_seg_version": __version__,
+        "network": type(segmenter.model).__name__,
+        "weights_id": weights_id(checkpoint),
+        "input": "image: (H, W, 3) uint8 BGR, of any size",
+        "output": "vessels, field of view: (H, W) uint8, 0 or 255; probability between: (H, W) float32 in [0, 1]",
+        "frame": str(segmenter.frame),
+        "threshold": str(segmenter.threshold),
+    }
+    if styles := load_checkpoint(checkpoint).get("styles"):
         values |= {"style": str(segmenter.style), "styles": ", ".join(styles)}
     if output.suffix.lower() != ".onnx":  # so that no image or checkpoint is replaced by mistake
         raise UserError(f"--output {output}: must end in .onnx")
@@ -98,21 +104,6 @@ def activation_ranges(segmenter: Segmenter, images: Iterable[np.ndarray]) -> Ran
     for handle in handles:
         handle.remove()
     return ranges
-
-
-def metadata(segmenter: Segmenter, weights: str) -> dict[str, str]:
-    """What the ONNX file says of itself, text by name. `weights` is its `checkpoint.weights_id`."""
-    values = {
-        "notice": "For learning and research; not a medical device.",
-        "retina_seg_version": __version__,
-        "network": type(segmenter.model).__name__,
-        "weights_id": weights,
-        "input": "image: (H, W, 3) uint8 BGR, of any size",
-        "output": "vessels, field of view: (H, W) uint8, 0 or 255; probability between: (H, W) float32 in [0, 1]",
-        "frame": segmenter.frame,
-        "threshold": segmenter.threshold,
-    }
-    return {name: str(value) for name, value in values.items()}
 
 
 def _onnx_file(segmenter: Segmenter, values: dict[str, str]) -> bytes:

@@ -1,7 +1,5 @@
 """How a dataset is scored, and the one loop from its pairs to predictions: for test, threshold, degrade, training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -77,10 +75,9 @@ def predict_pairs(
         if masks[-1].shape != mask.shape:
             raise UserError(f"{pair.mask_2nd}: differs in size from its image {pair.image}")
         # the network measures an image by its own search for the field of view; done here already where it finds the same
-        known = fov if pair.fov is None and degrade is None else None
+        known = fov if pair.fov is None and degrade is None and protocol.size in (None, mask.shape) else None
         image = image if degrade is None else degrade(image, fov)
         if protocol.size not in (None, mask.shape):
-            known = None
             image, *masks = (cv2.resize(array, protocol.size[::-1]) for array in (image, *masks))
         mask, fov, *second = (array > 127 for array in masks)
         start = time.perf_counter()

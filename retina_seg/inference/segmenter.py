@@ -3,8 +3,6 @@
 The image enters the frame its network was trained in (`transforms`), and the result is brought back to the image.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import zlib
@@ -74,7 +72,7 @@ class Segmenter:
         self._ranges, self._measured = ranges, _state(model) if ranges else None
         self.to(device)
 
-    def to(self, device: str) -> Segmenter:
+    def to(self, device: str) -> "Segmenter":
         """Use `device` from now on, as `device.choose_device` takes it; returns itself."""
         self.device, self._threads = choose_device(device), torch.get_num_threads()
         self._network: tuple[Any, TorchNetwork | OpenvinoNetwork] | None = None
@@ -117,7 +115,7 @@ class Segmenter:
     @classmethod
     def load(
         cls, name: str | Path = "general", threshold: float | None = None, style: str | None = None, **options: Any
-    ) -> Segmenter:
+    ) -> "Segmenter":
         """The segmenter of a checkpoint file (also the original's plain state dict), a run's folder, or pretrained weights.
 
         Args:

@@ -102,8 +102,7 @@ def _check_files(report: SetReport, part: str, found: PartFiles, progress: bool)
     """Open every file of one part; returns its images' part, file, photo, fingerprint, for the search for copies."""
     files = found.files
     photos = {name: found.photos.get(name, (name,))[0] for name in files["image"]}
-    figures = PartReport({kind: len(here) for kind, here in files.items()}, len(set(photos.values())))
-    report.parts[part] = figures
+    figures = report.parts[part] = PartReport({kind: len(f) for kind, f in files.items()}, len(set(photos.values())))
     odd: dict[str, list[str]] = defaultdict(list)  # what many masks have in common becomes one line
     prints = []
     for name in tqdm(natural_sort({name for here in files.values() for name in here}), part, disable=not progress):

@@ -33,9 +33,7 @@ _NAMES = {
     "mask_2nd": ("mask2nd", "2ndmanual", "manual2"),
 }
 # an observer's mark with its number, a number, or a word; of a name in lower case
-_WORD = re.compile(
-    r"(?<=[\W_])(?:manual|observer|expert|annotator|ho|gt)[1-9](?!\d)|(?:1st|2nd|3rd)[a-z]*|\d+|[^\W\d_]+"
-)
+_WORD = r"(?<=[\W_])(?:manual|observer|expert|annotator|ho|gt)[1-9](?!\d)|(?:1st|2nd|3rd)[a-z]*|\d+|[^\W\d_]+"
 _OF_MASKS = re.compile(r"mask|gt|truth|label|annot|manual|vessel|seg|observer|expert|binary|target|ah$|[123](st|nd|rd)")
 _KEPT = re.compile(r"\d+|l|r|od|os|ou|left|right")  # a number, or which eye it is: never ignored
 _MOST = 4  # words that are ignored at one end
@@ -274,7 +272,7 @@ def match_names(images: Sequence[str], masks: Sequence[str]) -> dict[str, str]:
     if equal := set(images) & set(masks):
         return {name: name for name in images if name in equal}
     best: dict[str, str] = {}
-    words = [{name: tuple(_WORD.findall(name.lower())) for name in names} for names in (images, masks)]
+    words = [{name: tuple(re.findall(_WORD, name.lower())) for name in names} for names in (images, masks)]
     for cuts in sorted(product(*map(_cuts, words)), key=lambda cuts: sum(map(sum, cuts))):
         lost, keys = [], []
         for names, (start, end) in zip(words, cuts, strict=True):

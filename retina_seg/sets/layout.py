@@ -102,10 +102,8 @@ def load_vessels(path: str | Path) -> tuple[np.ndarray, str]:
     """As `load_mask`, of a mask of vessels. Raises `UserError` also where most of the frame would be vessel."""
     mask, remark = load_mask(path)
     if (share := np.count_nonzero(mask > 127) / mask.size) > 0.5:
-        read = f" (read as {remark})" if remark else ""
-        raise UserError(
-            f"{path}: calls {100 * share:.0f} % of the frame vessel{read}; is it inverted? If so, invert it"
-        )
+        how = f" (read as {remark})" if remark else ""
+        raise UserError(f"{path}: calls {100 * share:.0f} % of the frame vessel{how}; is it inverted? If so, invert it")
     return mask, remark
 
 
@@ -129,10 +127,8 @@ def check_size(path: str | Path, mask: np.ndarray, image_path: str | Path, image
 def load_with_fov(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `load_pair`, and the field of view (H, W) bool: the dataset's own, else found in the image."""
     image, mask = load_pair(pair.image, pair.mask)
-    if pair.fov is None:
-        return image, mask, find_fov(image)
-    fov = read_mask(pair.fov) > 127
-    check_size(pair.fov, fov, pair.image, image)
+    fov = find_fov(image) if pair.fov is None else read_mask(pair.fov) > 127
+    check_size(pair.fov or pair.image, fov, pair.image, image)
     return image, mask, fov
 
 
