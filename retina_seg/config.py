@@ -5,7 +5,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from retina_seg.fov import LARGEST_SIDE
 from retina_seg.utils import UserError, read_json
@@ -98,8 +98,7 @@ class TrainConfig:
         values = read_json(path).get("config")
         if not isinstance(values, dict):
             raise UserError(f"{path}: holds no config of this version; give the config.json of a run")
-        unknown = sorted(set(values) - {item.name for item in dataclasses.fields(cls)})
-        if unknown:
+        if unknown := sorted(set(values) - {item.name for item in dataclasses.fields(cls)}):
             raise UserError(f"{path}: the config has unknown entries: {', '.join(unknown)}")
         try:
             (config := cls(**values)).check()
@@ -152,8 +151,7 @@ def _check_value(option: str, value: Any, default: Any, meta: Any) -> None:
         raise UserError(f"{option} {value}: must be a number from {meta['minimum']:g} on")
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """What a preset is, in a sentence for people, and the values in which it differs from `TrainConfig`'s defaults."""
 
     summary: str
@@ -170,14 +168,14 @@ _LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: 
 _MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
 _GENERAL = {
     **_FAST, "model_arguments": {}, "normalise": "fov", "largest_diameter": 1440.0, "styles": "datasets", "style": "auto",
-    "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA}, "patches": 840, "epochs": 36,
+    "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA}, "patches": 840, "epochs": 60,
 }
 _FINETUNE = {
     **_FAST, "weights": "general", "augmentation": {"scale": 0.25, **_LIGHT}, "epochs": 5, "patches": 400,
     "learning_rate": 2e-4, "ema": 0.99,
 }
 # fmt: on
-_TINY = {**_GENERAL, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}}
+_TINY = {**_GENERAL, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}, "epochs": 36}
 _QUICK = {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240}
 PRESETS = {
     "notebook": Preset(
