@@ -79,7 +79,9 @@ def degraded_scores(segmenter: Segmenter, pairs: Sequence[Pair], progress: bool 
     return rows
 
 
-def degrade(weights: str | Path, data: str | Path, output: str | Path, part: str = "test", **options: Any) -> list[str]:
+def degrade(
+    weights: str | Path, data: str | Path, output: str | Path, part: str = "test", progress: bool = True, **options: Any
+) -> list[str]:
     """Score `weights` on one part of the dataset at `data`, degraded; writes `degrade.csv` and `degrade.png` to `output`.
 
     `weights`, `options`: as `Segmenter.load` takes them; precision float32 unless given. `part`: "test", "train", or
@@ -89,7 +91,7 @@ def degrade(weights: str | Path, data: str | Path, output: str | Path, part: str
     pairs = scored_pairs(weights, data, part)
     notes = [*check_masks(pairs), *remarks(weights)]
     with output_folder(output) as folder:
-        rows = degraded_scores(segmenter, pairs)
+        rows = degraded_scores(segmenter, pairs, progress)
         write_csv(folder / "degrade.csv", COLUMNS, rows)
     title = f"{len(pairs)} {part} images, native, {visualize.REGION_NAMES['fov']}, threshold {segmenter.threshold:.2f}"
     title += f", style {options['style']}" if options.get("style") else ""
