@@ -32,9 +32,10 @@ def check_run_folder(config: TrainConfig, resume: bool, processes: int) -> None:
     Raises `UserError`: it holds a run, and not to `resume`; or none, or one of another config or number of processes.
     """
     folder = user_path(config.output)
-    if not resume and any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
-        raise UserError(f"{folder}: already holds a run; choose another --output, go on with --resume, or remove it")
     if not resume:
+        if any((folder / name).exists() for name in (LAST, "checkpoint.pth")):
+            remedy = "choose another --output, go on with --resume, or remove it"
+            raise UserError(f"{folder}: already holds a run; {remedy}")
         return
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no run to go on with; train without --resume")

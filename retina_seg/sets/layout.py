@@ -127,8 +127,10 @@ def check_size(path: str | Path, mask: np.ndarray, image_path: str | Path, image
 def load_with_fov(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `load_pair`, and the field of view (H, W) bool: the dataset's own, else found in the image."""
     image, mask = load_pair(pair.image, pair.mask)
-    fov = find_fov(image) if pair.fov is None else read_mask(pair.fov) > 127
-    check_size(pair.fov or pair.image, fov, pair.image, image)
+    if pair.fov is None:
+        return image, mask, find_fov(image)
+    fov = read_mask(pair.fov) > 127
+    check_size(pair.fov, fov, pair.image, image)
     return image, mask, fov
 
 
