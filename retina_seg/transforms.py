@@ -34,11 +34,11 @@ def mask_to_tensor(mask: np.ndarray) -> Tensor:
 
 def normalise(image: np.ndarray, fov: np.ndarray) -> np.ndarray:
     """Each channel of `image` (H, W, 3) uint8 at mean 128 and standard deviation 32 over `fov` (H, W) bool; 0 outside."""
-    inside = fov.astype(np.uint8)
+    inside = np.ascontiguousarray(fov).view(np.uint8)
     mean, spread = (value.ravel() for value in cv2.meanStdDev(image, mask=inside))
     table = NORMAL_MEAN + (np.arange(256)[:, None] - mean) * NORMAL_SPREAD / np.maximum(spread, LOWEST_SPREAD)
     levels = np.clip(np.rint(table), 0, 255).astype(np.uint8)[None]
-    return cv2.LUT(image, levels) * inside[:, :, None]
+    return cv2.copyTo(cv2.LUT(image, levels), inside)
 
 
 class Placement(NamedTuple):

@@ -223,9 +223,12 @@ class Segmenter:
 
 def _state(model: nn.Module) -> tuple[list[tuple[int, int]], int]:
     """What tells whether a network was changed: its tensors and a checksum of their values, the same in every thread."""
-    values = [*model.parameters(), *model.buffers()]
-    flat = torch.cat([value.detach().flatten() for value in values if value.is_floating_point()] or [torch.zeros(1)])
-    return [(id(value), value._version) for value in values], zlib.adler32(flat.float().cpu().numpy().data)
+    values, checksum = [*model.parameters(), *model.buffers()], 0
+    floats = [value.detach().flatten() for value in values if value.is_floating_point()]
+    # joined on a GPU alone, for one copy: on a processor torch's second thread would then wait, spinning, beside OpenVINO's
+    for some in floats if all(value.device.type == "cpu" for value in floats) else [torch.cat(floats)]:
+        checksum = zlib.adler32(some.float().cpu().numpy().data, checksum)
+    return [(id(value), value._version) for value in values], checksum
 
 
 def tiled(function: Callable[..., np.ndarray], image: np.ndarray, tile: int, halo: int, stride: int) -> np.ndarray:
