@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retina_seg.images import list_images, read_image, visible
+from retina_seg.images import is_image, list_images, read_image, visible
 from retina_seg.utils import UserError, file_kind, natural_sort, read_csv, user_path
 
 PARTS = ("train", "test")
@@ -210,8 +210,7 @@ def _collect_patterns(patterns: dict[str, str], found: PartFiles) -> None:
     matches: dict[str, list[Path]] = {}
     for kind in ("image", "mask"):
         paths = [Path(path) for path in glob.glob(str(user_path(patterns[f"{kind}s"])), recursive=True)]
-        listed = {file for folder in {path.parent for path in paths} for file in list_images(folder)}
-        files = [p for p in paths if p in listed] or [file for p in paths if p.is_dir() for file in list_images(p)]
+        files = [p for p in paths if is_image(p)] or [file for p in paths if p.is_dir() for file in list_images(p)]
         matches[kind] = natural_sort(files)
         if not files:
             found.problems.append(f'--{kind}s "{patterns[f"{kind}s"]}": matches no image file; correct the pattern')
