@@ -12,7 +12,7 @@ harmonic mean of the share of the predicted centre line inside the mask and of t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,10 +20,9 @@ import numpy as np
 class _Additive:
     """Of a dataclass of numbers: they add up one by one."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
     def __add__(self, other: Any) -> Any:
-        return type(self)(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return type(self)(*(mine + theirs for mine, theirs in pairs))
 
 
 @dataclass(frozen=True)
