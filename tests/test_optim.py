@@ -1,13 +1,11 @@
 """Muon against its definition by singular values and torch's AdamW; the EMA weights and the schedule by hand."""
 
 import copy
-import doctest
 
 import pytest
 import torch
 from torch import nn
 
-from retina_seg import optim
 from retina_seg.config import TrainConfig
 from retina_seg.model import build_model
 from retina_seg.optim import EMA, Muon, learning_rate_factor, make_optimizer, orthogonalized
@@ -114,7 +112,3 @@ def test_the_learning_rate_rises_linearly_and_falls_by_a_cosine():
     assert factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert learning_rate_factor(7, 10, None) == 1
-
-
-def test_examples():
-    assert doctest.testmod(optim, extraglobs={"torch": torch}) == (0, 1)
