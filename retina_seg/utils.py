@@ -223,9 +223,9 @@ class Rows(list[dict[str, Any]]):
         return pandas.DataFrame(list(self))
 
 
-def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str, Any]], digits: int = 6) -> None:
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write the rows to `path` as CSV (`csv_text`), whole or not at all."""
-    write_text(path, csv_text(columns, rows, digits))
+    write_text(path, csv_text(columns, rows))
 
 
 def read_text(path: str | Path) -> str:
