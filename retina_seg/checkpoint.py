@@ -56,7 +56,7 @@ def weights_id(checkpoint: str | Path) -> str:
     return hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]
 
 
-def _save(path: Path, value: dict[str, Any]) -> None:
+def save_whole(path: Path, value: dict[str, Any]) -> None:
     """`torch.save`, whole or not at all. In memory first: torch's writer hides a full disk inside a RuntimeError."""
     content = io.BytesIO()
     torch.save(value, content)
@@ -71,7 +71,7 @@ def save_model(path: str | Path, model: nn.Module, name: str, arguments: dict[st
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     about = {"format": CHECKPOINT_FORMAT, "model": name, "arguments": arguments, **notes}
-    _save(Path(path), {**about, "state_dict": weights})
+    save_whole(Path(path), {**about, "state_dict": weights})
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -139,13 +139,8 @@ def load_model(
     return model.eval(), checkpoint
 
 
-def save_last(folder: Path, value: dict[str, Any]) -> None:
-    """Write `value` (plain values and tensors) as the folder's last.pth, whole or not at all."""
-    _save(folder / LAST, value)
-
-
 def load_last(folder: Path) -> dict[str, Any] | None:
-    """What `save_last` wrote; None where nothing was saved yet. Raises `UserError`: the file is damaged."""
+    """What the folder's last.pth holds; None where nothing was saved yet. Raises `UserError`: the file is damaged."""
     return load_safely(folder / LAST) if (folder / LAST).exists() else None
 
 

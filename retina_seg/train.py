@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from retina_seg import data
-from retina_seg.checkpoint import LAST, load_checkpoint, load_last, load_model, save_last, save_model
+from retina_seg.checkpoint import LAST, load_checkpoint, load_last, load_model, save_model, save_whole
 from retina_seg.config import TrainConfig
 from retina_seg.device import autocast, choose_precision, environment, memory_kept, out_of_memory, training_layout
 from retina_seg.distributed import World, set_epoch
@@ -279,6 +279,7 @@ class _Loop:
     ) -> None:
         self.config, self.opened, self.device, self.world = config, opened, device, world
         self.folder = Path(config.output)
+        self.checkpoint = self.folder / "checkpoint.pth"
         self.precision = choose_precision(config.precision, device)
         layout: Any = training_layout(device, self.precision)
         self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -374,19 +375,16 @@ class _Loop:
     def _save(self, better: bool) -> None:
         """Write the kept weights where they are new, then last.pth, then the history."""
         if better:
-            self._save_kept()
+            styles = {"styles": len(self.opened.datasets)} if self.opened.datasets else {}
+            arguments, epoch = self.config.model_arguments | styles, self.state["best"]
+            save_model(self.checkpoint, self.kept, self.config.model, arguments, epoch=epoch, **self.notes)
         random_state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         value = {"state": self.state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         value |= {"ema": self.ema.model.state_dict() if self.ema else None, "random": random_state}
-        save_last(self.folder, value)
+        save_whole(self.folder / LAST, value)
         self._write_history()
-
-    def _save_kept(self) -> None:
-        path, config = self.folder / "checkpoint.pth", self.config
-        arguments = config.model_arguments | ({"styles": len(self.opened.datasets)} if self.opened.datasets else {})
-        save_model(path, self.kept, config.model, arguments, epoch=self.state["best"], **self.notes)
 
     def _write_history(self) -> None:
         write_csv(self.folder / "history.csv", list(self.state["history"][0]), self.state["history"])
@@ -418,10 +416,9 @@ class _Loop:
 
         self._write_history()
         if self.config.threshold == "validation":
-            threshold = best_on(self.folder, self.opened.validation_pairs, self.config.device)
-            self.notes |= {"threshold": threshold, "threshold_from": "validation"}
-            self.kept.load_state_dict(load_checkpoint(self.folder / "checkpoint.pth")["state_dict"])
-            self._save_kept()
+            chosen = best_on(self.folder, self.opened.validation_pairs, self.config.device)
+            kept = load_checkpoint(self.checkpoint)
+            save_whole(self.checkpoint, {**kept, "threshold": chosen, "threshold_from": "validation"})
         save_figure(self.folder / "curves.png", curves(self.state["history"], self.state["best"]))
 
 

@@ -19,7 +19,7 @@ from conftest import failing, files, shaken_network
 from test_train import at_step, same_weights, tiny, weights_of, without_curves  # noqa: F401
 
 from retina_seg import checkpoint, cli
-from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, find_weights, load_last, load_model, save_last, save_model
+from retina_seg.checkpoint import CHECKPOINT_FORMAT, LAST, find_weights, load_last, load_model, save_model, save_whole
 from retina_seg.config import TrainConfig
 from retina_seg.model import MODELS, AttentionUNet, build_model
 from retina_seg.runs import remarks
@@ -248,7 +248,7 @@ def test_a_run_killed_before_anything_was_saved_starts_at_step_one(tiny_set, tmp
 @pytest.mark.parametrize("harm", [0, 0.6, 0.999, {"ema": None}, {"model": {}}, {"optimizer": {}}, {"random": {}}])
 def test_a_damaged_last_pth_or_one_of_another_config_is_named_and_nothing_is_changed(tiny_set, broken, harm):
     if isinstance(harm, dict):
-        save_last(broken, {**load_last(broken), **harm})
+        save_whole(broken / LAST, {**load_last(broken), **harm})
     else:
         os.truncate(broken / LAST, int((broken / LAST).stat().st_size * harm))
     before = files(broken)

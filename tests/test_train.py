@@ -213,9 +213,11 @@ def test_each_datasets_masks_teach_its_own_output_channel(tiny_set, tmp_path):
     default, own = (Segmenter.load(run.folder, style=style)(image).mean() for style in (None, "tiny"))
     assert default > own + 0.01
     chosen = {"threshold": "validation", "validation": "photos", "held_out": 1, "epochs": 1, "style": "balanced"}
-    fit(dataclasses.replace(config, **chosen, output=str(tmp_path / "chosen")), progress=False)
+    for resume in (False, True):  # the second time no epoch is left to do
+        fit(dataclasses.replace(config, **chosen, output=str(tmp_path / "chosen")), resume, progress=False)
     notes = load_checkpoint(tmp_path / "chosen" / "checkpoint.pth")  # with all its channels
-    assert notes["threshold_from"] == "validation" and len(notes["state_dict"]["fine.1.bias"]) == 2
+    assert notes["threshold_from"] == "validation" and notes["styles"]["all"] == [1.0, 0.0]
+    assert len(notes["state_dict"]["fine.1.bias"]) == 2
     with pytest.raises(UserError, match="--style thin: choose one of auto, balanced, fine, bold, all, tiny"):
         fit(dataclasses.replace(config, style="thin", output=str(tmp_path / "other")), progress=False)
     # as a teacher it gives each dataset's logits, in the order of the datasets
