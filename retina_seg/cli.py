@@ -271,9 +271,8 @@ def _test(options: argparse.Namespace) -> None:
 
     if bool(options.run) == bool(options.checkpoint):
         raise UserError("give one of --run and --checkpoint")
-    if not options.run and (options.output is None or options.part == "validation"):
-        missing = "--output" if options.output is None else "--run"
-        raise UserError(f"{missing} is needed here: --checkpoint alone names no folder and no held-out images")
+    if not options.run and options.output is None:
+        raise UserError("--output is needed here: --checkpoint alone names no folder")
     names = (options.run, options.protocol, options.part, options.tta, options.working_size, options.style)
     output = options.output or default_output(*names)
     how = given_options(options, "protocol", "threshold", "part", *EXACT_NAMES)

@@ -108,7 +108,7 @@ def held_out_pairs(run: str | Path, data: Data | Sequence[Data]) -> list[Pair]:
     path = user_path(run) / "config.json"
     names = read_json(path).get("validation") if path.exists() else None
     if not isinstance(names, list) or not names or TrainConfig.from_json(path).validation != "photos":
-        raise UserError(f"{path}: held out no training photos; give the folder of a run with --validation photos")
+        raise UserError(f"{run}: held out no training photos; give the folder of a run with --validation photos")
     pairs = [pair for pair in list_pairs(data, "train") if pair.name in names]
     if len(pairs) < len(names):
         raise UserError(f"{data}: lacks training images that {run} held out; give the dataset it was trained on")
