@@ -81,13 +81,8 @@ def image_batch(image: np.ndarray, device: torch.device) -> Tensor:
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of `model` with every batch normalisation folded into the convolution before it: the same up to rounding.
-
-    Raises `ValueError`: `model` is in training mode.
-    """
-    if model.training:
-        raise ValueError("only a network in evaluation mode can be folded; call eval() first")
-    folded = copy.deepcopy(model)
+    """A copy of `model` to evaluate, every batch normalisation folded into the convolution before it: equal up to rounding."""
+    folded = copy.deepcopy(model).eval()
     for module in folded.modules():
         previous = None  # in these networks a normalisation is registered right after its convolution
         for name, child in module.named_children():
@@ -105,8 +100,7 @@ class TorchNetwork:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
-        network = copy.deepcopy(model).eval()
-        network = fold_batch_norm(network) if is_own(model) else network
+        network = fold_batch_norm(model) if is_own(model) else copy.deepcopy(model).eval()
         self.module: nn.Module = network.to(device, precision, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device, self.precision = device, precision
 
@@ -131,8 +125,7 @@ class OpenvinoNetwork:
     ) -> None:
         bfloat16 = precision is torch.bfloat16 or (precision is torch.int8 and has_bfloat16_units(CPU))
         self.hint, self.threads = "bf16" if bfloat16 else "f32", threads  # OpenVINO's names
-        folded = fold_batch_norm(copy.deepcopy(model).eval())
-        self.graph = openvino_graph(folded, (ranges or {}) if precision is torch.int8 else {})
+        self.graph = openvino_graph(fold_batch_norm(model), (ranges or {}) if precision is torch.int8 else {})
         # by the threads of a call, and whether its image has the usual size
         self.compiled, self.idle = dict[tuple[int, bool], Any](), dict[tuple[int, bool], list[Any]]()
         self.usual, self.lock, self.helper = usual, threading.Lock(), ThreadPoolExecutor(1)
