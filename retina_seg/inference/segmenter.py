@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from retina_seg.checkpoint import find_weights, load_checkpoint, load_model
+from retina_seg.config import check_threshold
 from retina_seg.device import choose_device
 from retina_seg.fov import LARGEST_SIDE, find_discs, fov_diameter
 from retina_seg.images import as_image
@@ -60,13 +61,11 @@ class Segmenter:
         engine: str = "auto",
         ranges: Ranges | None = None,
     ) -> None:
-        if not 0 < threshold < 1:
-            raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
         if working_size is not None and not 32 <= working_size <= LARGEST_SIDE:
             raise UserError(f"--working-size {working_size}: must lie between 32 and {LARGEST_SIDE} pixels")
         frame = frame or ResizeFrame()
         self.frame = frame if working_size is None else frame.with_size(working_size)
-        self.threshold, self.tta, self.tile, self.model = threshold, tta, tile, model
+        self.threshold, self.tta, self.tile, self.model = check_threshold(threshold), tta, tile, model
         self.style: str | None = None  # of labelling; with "auto" the network has an output for each of its two
         self._asked, self._lock = (engine, precision), threading.Lock()
         self._ranges, self._measured = ranges, _state(model) if ranges else None
