@@ -136,6 +136,7 @@ def test_undefined_is_none() -> None:
 def test_agreement() -> None:
     judges = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]])
     assert icc(judges) == pytest.approx(0.29, abs=0.005)  # Shrout and Fleiss 1979, table 4
+    assert math.isnan(icc(np.full((7, 2), 0.1)))  # whose mean is rounded
     found = agreement(np.array([[1.0, 2.0], [2.0, 4.0], [3.0, 3.0], [8.0, 9.0]]))
     assert (found["n"], found["mean"], found["bias"]) == (4, 4.5, -1)
     assert found["upper"] - found["bias"] == pytest.approx(1.96 * math.sqrt(2 / 3)) == found["bias"] - found["lower"]

@@ -31,12 +31,10 @@ def icc(values: np.ndarray) -> float:
 
     Shrout and Fleiss (1979); ICC(A,1) of McGraw and Wong (1996). At most 1; NaN where nothing differs.
     """
-    n, k = values.shape
-    mean = values.mean()
-    of_subjects = k * np.sum((values.mean(axis=1) - mean) ** 2)
-    of_raters = n * np.sum((values.mean(axis=0) - mean) ** 2)
-    rest = np.sum((values - mean) ** 2) - of_subjects - of_raters
-    subjects, raters, error = of_subjects / (n - 1), of_raters / (k - 1), rest / ((n - 1) * (k - 1))
+    values, (n, k) = values - values[0, 0], values.shape  # exactly 0 where nothing differs
+    subjects, raters = k * values.mean(axis=1).var(ddof=1), n * values.mean(axis=0).var(ddof=1)
+    rest = n * k * values.var() - (n - 1) * subjects - (k - 1) * raters
+    error = rest / ((n - 1) * (k - 1))  # as the two above, a mean square
     whole = subjects + (k - 1) * error + k * (raters - error) / n
     return float((subjects - error) / whole) if whole > 0 else math.nan
 
