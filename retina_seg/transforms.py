@@ -19,6 +19,7 @@ from retina_seg.utils import UserError
 
 NORMAL_MEAN, NORMAL_SPREAD = 128, 32  # grey levels: what `normalise` brings each channel to
 LOWEST_SPREAD = 0.5  # grey levels: below it there is only rounding to enlarge
+LARGER_POWER = 1 / 3  # of a larger field of view's ratio to the usual one, in the frame (`working_diameter`)
 SAME_SCALE = 0.03  # within this an image is not resized: interpolation would cost more than it mends
 
 
@@ -123,11 +124,11 @@ class FovFrame:
     def working_diameter(self, diameter: float) -> float:
         """The diameter in the frame, pixels, of a field of view of `diameter` pixels on the image.
 
-        With `largest_diameter` a larger one is brought half way, to its geometric mean with `fov_diameter`:
-        larger images show and label finer vessels.
+        With `largest_diameter` a larger one keeps the cube root of how many times as large it is: larger images show
+        and label finer vessels.
         """
-        half_way = math.sqrt(self.fov_diameter * diameter)
-        return min(max(self.fov_diameter, half_way), self.largest_diameter or self.fov_diameter)
+        larger = self.fov_diameter * (diameter / self.fov_diameter) ** LARGER_POWER
+        return min(max(self.fov_diameter, larger), self.largest_diameter or self.fov_diameter)
 
     def place(self, fov: np.ndarray) -> Placement:
         """How an image with the field of view `fov` (H, W) bool lies in the frame."""

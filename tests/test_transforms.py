@@ -77,11 +77,11 @@ def test_what_enters_leaves_where_it_was(frame):
     assert np.abs(back - 1 / (1 + np.exp(4 - wave / 32.0)))[inside].max() < 0.03 and not back[~inside].any()
 
 
-def test_larger_fields_of_view_are_brought_half_way():
+def test_larger_fields_of_view_keep_the_cube_root_of_their_ratio():
     frame = FovFrame(100, 150.0)
-    diameters = {50: 100, 100: 100, 144: 120, 196: 140, 400: 150}  # the geometric mean with 100, up to 150
+    diameters = {50: 100, 100: 100, 172.8: 120, 274.4: 140, 400: 150}  # 1.2 and 1.4 times 100, up to 150
     assert {diameter: frame.working_diameter(diameter) for diameter in diameters} == pytest.approx(diameters)
-    assert frame.place(box_fov((200, 200), 0, 0, 144, 100)).size == (120, 83)
+    assert frame.place(box_fov((400, 300), 0, 0, 343, 200)).size == (150, 87)
     assert FovFrame(100).working_diameter(400) == 100
     assert FovFrame(100).place(np.zeros((50, 60), bool)) == Placement((0, 0, 50, 60), (83, 100), cv2.INTER_CUBIC)
 

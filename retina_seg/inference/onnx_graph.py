@@ -13,7 +13,7 @@ from onnxscript.values import Opset
 
 from retina_seg.inference.segmenter import MAX_LOGIT
 from retina_seg.styles import FINE_BELOW
-from retina_seg.transforms import LOWEST_SPREAD, NORMAL_MEAN, NORMAL_SPREAD, SAME_SCALE, FovFrame, Frame
+from retina_seg.transforms import LARGER_POWER, LOWEST_SPREAD, NORMAL_MEAN, NORMAL_SPREAD, SAME_SCALE, FovFrame, Frame
 
 op: Any = opset18  # what its functions take is wider than their types say
 LIT = 0.12  # share of the brightest grey level
@@ -57,7 +57,7 @@ def graph_around(frame: Frame, stride: int, threshold: float) -> Any:
         start = op.Where(boxed, first, 0)
         sides = op.Where(boxed, last + 1 - first, shape)
         diameter = op.Cast(op.ReduceMax(last + 1 - first, keepdims=0), to=FLOAT32)
-        scale = op.Clip(op.Sqrt(least * diameter), least, largest) / diameter
+        scale = op.Clip(least * op.Pow(diameter / least, LARGER_POWER), least, largest) / diameter
         scale = op.Where(op.Abs(scale - 1.0) <= SAME_SCALE, 1.0, scale)
         size = op.Max(op.Cast(op.Round(op.Cast(sides, to=FLOAT32) * scale), to=INT), 1)
         size = op.Where(boxed, size, fixed)
