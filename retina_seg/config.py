@@ -168,14 +168,14 @@ _LIGHT = {"light": 0.1, "contrast": 0.15, "cast": 0.06, "grey": 0.3}  # weaker: 
 _MEDIA = {"haze": 0.4, "channels": 0.1, "far_blur": 2.0, "jpeg": 0.1, "levels": 0.05}  # of other cameras and eyes
 _GENERAL = {
     **_FAST, "model_arguments": {}, "normalise": "fov", "fov_diameter": 540.0, "largest_diameter": 1440.0,
-    "styles": "datasets", "style": "auto", "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA}, "patches": 840, "epochs": 36,
+    "styles": "datasets", "style": "auto", "augmentation": {"scale": 0.25, **_LIGHT, **_MEDIA}, "patches": 840, "epochs": 60,
 }
 _FINETUNE = {
     **_FAST, "weights": "general", "augmentation": {"scale": 0.25, **_LIGHT}, "epochs": 5, "patches": 400,
     "learning_rate": 2e-4, "ema": 0.99,
 }
 # fmt: on
-_TINY = {**_GENERAL, "fov_diameter": 720.0, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}}
+_TINY = {**_GENERAL, "fov_diameter": 720.0, "epochs": 36, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}}
 _QUICK = {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240}
 PRESETS = {
     "notebook": Preset(

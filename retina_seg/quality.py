@@ -17,9 +17,9 @@ LIMITS: dict[str, tuple[float, float, float, float, str, str]] = {
     "clipped": (-inf, -inf, 0.05, 0.5, "", "overexposed: {:.0%} of the field"),
     "contrast": (0.002, 0.006, inf, inf, "low contrast", ""),
     "detail": (0.05, 0.22, 2.5, 5, "blurred", "noisy"),
-    "vessels": (0.035, 0.045, 0.2, 0.35, "few vessels: {:.1%} of the field", "many vessels: {:.0%} of the field"),
+    "vessels": (0.02, 0.045, 0.2, 0.35, "few vessels: {:.1%} of the field", "many vessels: {:.0%} of the field"),
     "certain": (0.5, 0.72, inf, inf, "network uncertain", ""),
-    "spread": (0.3, 0.55, inf, inf, "vessels in {:.0%} of the field only", ""),
+    "spread": (0.4, 0.55, inf, inf, "vessels in {:.0%} of the field only", ""),
     "connected": (0.3, 0.8, inf, inf, "vessels in pieces", ""),
 }
 
