@@ -122,13 +122,13 @@ def test_a_working_size_overrides_the_frame(image, frame, side, expected):
     assert max(segmenter.network.module.input.shape) == pytest.approx(expected, abs=4)
 
 
-def test_larger_images_are_seen_half_way_up_to_a_bound():
-    segmenter = dark_segmenter(FovFrame(60.0, 120.0))
+def test_larger_images_are_seen_larger_up_to_a_bound():
+    segmenter = dark_segmenter(FovFrame(60.0, 80.0))
     widths = []
-    for side in (50, 135, 400):
+    for side in (50, 117, 400):
         segmenter(np.full((side, side, 3), 90, np.uint8))
         widths.append(int((segmenter.network.module.input > 0).any(dim=1).any(dim=1).sum()))  # lit columns
-    assert widths == [60, 90, 120]
+    assert widths == [60, 75, 80]
 
 
 def test_grey_images_are_taken(image):
