@@ -175,7 +175,7 @@ _FINETUNE = {
     "learning_rate": 2e-4, "ema": 0.99,
 }
 # fmt: on
-_TINY = {**_GENERAL, "fov_diameter": 720.0, "epochs": 36, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}}
+_TINY = {**_GENERAL, "epochs": 36, "model_arguments": {"width": 12, "deepest": 16, "fine": 8}}
 _QUICK = {**_FAST, "fov_diameter": None, "epochs": 3, "ema": 0.99, "patches": 240}
 PRESETS = {
     "notebook": Preset(
