@@ -19,7 +19,7 @@ from retina_seg.utils import UserError
 
 NORMAL_MEAN, NORMAL_SPREAD = 128, 32  # grey levels: what `normalise` brings each channel to
 LOWEST_SPREAD = 0.5  # grey levels: below it there is only rounding to enlarge
-LARGER_POWER = 1 / 3  # of a larger field of view's ratio to the usual one, in the frame (`working_diameter`)
+LARGER_POWER = 1 / 3  # exponent of how many times as large as usual a field of view is (`working_diameter`)
 SAME_SCALE = 0.03  # within this an image is not resized: interpolation would cost more than it mends
 
 
